@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .sequences import PAD
 
-# %% ../nbs/05_embeddings.ipynb #e873c62f
+# %% ../nbs/05_embeddings.ipynb #14cf8912
 class AgeEmbedding(nn.Module):
     "A vector for each age bin, and one for an unknown age."
     def __init__(self,
@@ -25,6 +25,11 @@ class AgeEmbedding(nn.Module):
         super().__init__()
         self.max_age, self.bin_years = max_age, bin_years
         self.embedding = nn.Embedding(max_age // bin_years + 2, dim)
+        years = torch.arange(max_age // bin_years + 1) * bin_years  # (bins,)
+        periods = torch.logspace(math.log10(20), math.log10(400), (dim + 1) // 2)
+        angles = 2 * math.pi * years.unsqueeze(1) / periods  # (bins, dim / 2)
+        smooth = 0.5 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim]  # (bins, dim)
+        with torch.no_grad(): self.embedding.weight.copy_(torch.cat([smooth.mean(0, keepdim=True), smooth]))
 
     def forward(self, ages: Tensor) -> Tensor: # (...) int64 years -> (..., dim)
         "Embed ages; negative means unknown."
@@ -93,7 +98,7 @@ def time_features_of_tokens(
     features = torch.stack([gap, times], -1).clamp(min=0).log1p()  # (B, L, 2)
     return features * (visit_ids >= 0).unsqueeze(-1)
 
-# %% ../nbs/05_embeddings.ipynb #c7abb99a
+# %% ../nbs/05_embeddings.ipynb #1c460620
 class BEHRTEmbedding(nn.Module):
     "Code + age + visit + position (+ time), then LayerNorm and dropout."
     def __init__(self,
@@ -112,7 +117,7 @@ class BEHRTEmbedding(nn.Module):
         self.position = SinusoidalPositionalEncoding(dim) if position == "sinusoidal" else PositionalEmbedding(dim, max_visits)
         self.time = nn.Linear(2, dim, bias=False) if use_time else None
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
-        for layer in (self.code, self.age.embedding, self.visit.embedding): nn.init.normal_(layer.weight, std=0.5)
+        for layer in (self.code, self.visit.embedding): nn.init.normal_(layer.weight, std=0.5)
         with torch.no_grad(): self.code.weight[PAD].zero_()
 
     def forward(self,

@@ -58,7 +58,7 @@ class Vocabulary:
         "Read what `to_json` wrote."
         return cls(**json.loads(text))
 
-# %% ../nbs/02_sequences.ipynb #c8e0cfbc
+# %% ../nbs/02_sequences.ipynb #d2ce3637
 def _content(events, excluded=()):
     "The rows that can become tokens."
     return events.filter(~pl.col("code").is_in([*STRUCTURAL_CODES, *excluded]))
@@ -79,16 +79,17 @@ def _bin_values(events, value_edges):
 def fit_value_edges(
     events: pl.DataFrame, # events of the training patients
     n_value_bins: int = 10, # quantile bins a code
-    min_values: int = 20, # codes with fewer values are not binned
+    min_patients: int = 5, # codes with values of fewer patients are not binned
+    min_values: int = 20, # nor those with fewer values
 ) -> dict: # code -> increasing inner edges
-    "Quantile edges of the values of each code."
+    "Quantile edges of the values of each code. Edges are values that occurred, so codes of very few patients get none."
     levels = [i / n_value_bins for i in range(1, n_value_bins)]
     values = pl.col("numeric_value")
-    frame = (events.filter(values.is_finite()).group_by("code").agg(n=pl.len(), edges=pl.concat_list(*[values.quantile(q, "nearest") for q in levels]))
-             .filter(pl.col("n") >= min_values).sort("code"))
+    frame = (events.filter(values.is_finite()).group_by("code").agg(n=pl.len(), patients=pl.col("subject_id").n_unique(), edges=pl.concat_list(*[values.quantile(q, "nearest") for q in levels]))
+             .filter((pl.col("n") >= min_values) & (pl.col("patients") >= min_patients)).sort("code"))
     return {code: sorted(set(edges)) for code, edges in frame.select("code", "edges").iter_rows()}
 
-# %% ../nbs/02_sequences.ipynb #3c4f755c
+# %% ../nbs/02_sequences.ipynb #c757c477
 def fit_vocabulary(
     events: pl.DataFrame, # event table
     subject_ids=None, # the training patients; everybody if None
@@ -99,7 +100,7 @@ def fit_vocabulary(
     "Fit codes and quantile edges on the training patients. Raises `ValueError` if no code is left."
     if subject_ids is not None: events = events.filter(pl.col("subject_id").is_in([int(s) for s in subject_ids]))
     content = _content(events, exclude)
-    edges = fit_value_edges(content, n_value_bins)
+    edges = fit_value_edges(content, n_value_bins, min_patients)
     counted = (_bin_values(content, edges).group_by("token").agg(n=pl.len(), patients=pl.col("subject_id").n_unique())
                .filter(pl.col("patients") >= min_patients).sort("n", "token", descending=[True, False]))
     if not len(counted):

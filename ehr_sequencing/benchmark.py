@@ -83,7 +83,7 @@ class BenchmarkConfig:
         stem = "synthetic" if self.source is None else re.sub(r"\..*$", "", Path(self.source).name)
         return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", f"{stem}-{self.outcome}-seed{self.seed}").strip("-").lower()
 
-# %% ../nbs/18_benchmark.ipynb #6b81815e
+# %% ../nbs/18_benchmark.ipynb #687315c3
 @dataclass
 class Cohort:
     "Everything that models are trained and judged on."
@@ -99,7 +99,7 @@ def _read(config, say):
     "The events: simulated, or read and described."
     truth = simulate_cohort(config.num_patients, config.seed) if config.source is None else None
     table = truth.table if truth else read_events(config.source, config.format)
-    say(f"Read {table.source} as {table.format}.")
+    say(f"Simulated a cohort from seed {config.seed}." if truth else f"Read {table.source} as {table.format}.")
     if config.limit is not None: table = sample_patients(table, config.limit, config.seed)
     for line in cohort_summary(table)["value"].items(): say(f"  {line[0]}: {line[1]}")
     for note in table.notes: say(f"  note: {note}")
@@ -277,7 +277,7 @@ def conclusion(
     if len(rest): said.append("Not told apart by these data: " + "; ".join(f"{r['first']} and {r['second']}" for _, r in rest.iterrows()) + ".")
     return " ".join([basis, *said])
 
-# %% ../nbs/18_benchmark.ipynb #4017dbc1
+# %% ../nbs/18_benchmark.ipynb #31300084
 def to_markdown(
     frame: pd.DataFrame, # table
 ) -> str: # Markdown
@@ -309,7 +309,7 @@ def plot_survival(
     marks, scores = cohort.landmarks["test"], table.set_index("model")["c_index"]
     columns = min(3, len(arms))
     rows = -(-len(arms) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained", sharey=True, squeeze=False)
     for ax, arm in zip(axes.flat, arms): plot_risk_groups(marks.durations, marks.events, arm.risks["test"], ax, f"{arm.name}: C = {scores[arm.name]:.2f}")
     for ax in axes.flat[len(arms):]: ax.remove()
     return fig
@@ -361,11 +361,18 @@ def write_results(
         figure.savefig(folder/"plots"/f"{name}.png", dpi=120)
         plt.close(figure)
 
-# %% ../nbs/18_benchmark.ipynb #6d8a867d
+# %% ../nbs/18_benchmark.ipynb #42f586c6
+def _check_out(folder, overwrite):
+    "Raise unless `folder` is free, or holds a run that may be replaced. A folder with anything else is never touched."
+    if not folder.exists(): return
+    if not (folder/"hyperparameters.json").is_file(): raise FileExistsError(f"out: {folder} exists and is no run of this benchmark; it is left as it is. Choose another folder with --out.")
+    if not overwrite: raise FileExistsError(f"out: {folder} already holds a run. Choose another folder with --out, or replace it with --overwrite.")
+
+
 @contextlib.contextmanager
 def _whole_folder(folder, overwrite):
     "Yield a folder to write to that becomes `folder` once everything went well; otherwise it disappears."
-    if folder.exists() and not overwrite: raise FileExistsError(f"out: {folder} already holds a run. Choose another folder with --out, or replace it with --overwrite.")
+    _check_out(folder, overwrite)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -384,8 +391,7 @@ def run_benchmark(
     say=print, # called with each line of the account
 ) -> pd.DataFrame: # the table of `results_table`
     "Prepare, fit, judge and write. Raises the errors of each part; no folder is left behind by an error."
-    if config.folder.exists() and not config.overwrite:
-        raise FileExistsError(f"out: {config.folder} already holds a run. Choose another folder with --out, or replace it with --overwrite.")
+    _check_out(config.folder, config.overwrite)
     import matplotlib
     matplotlib.use("Agg", force=False)
     cohort = prepare_cohort(config, say)

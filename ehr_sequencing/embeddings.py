@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AgeEmbedding', 'VisitEmbedding', 'PositionalEmbedding', 'SinusoidalPositionalEncoding', 'time_features_of_tokens',
-           'BEHRTEmbedding']
+           'TimeEmbedding', 'BEHRTEmbedding']
 
 # %% ../nbs/05_embeddings.ipynb #b04fdd07
 import math
@@ -98,7 +98,21 @@ def time_features_of_tokens(
     features = torch.stack([gap, times], -1).clamp(min=0).log1p()  # (B, L, 2)
     return features * (visit_ids >= 0).unsqueeze(-1)
 
-# %% ../nbs/05_embeddings.ipynb #1c460620
+# %% ../nbs/05_embeddings.ipynb #8bb15cec
+class TimeEmbedding(nn.Module):
+    "A linear map of the two time features, started small (see below)."
+    def __init__(self,
+        dim: int, # size of the vectors
+    ):
+        super().__init__()
+        self.linear = nn.Linear(2, dim, bias=False)
+        nn.init.normal_(self.linear.weight, std=0.05)
+
+    def forward(self, features: Tensor) -> Tensor: # (..., 2) log1p days -> (..., dim)
+        "Embed time features."
+        return self.linear(features)
+
+# %% ../nbs/05_embeddings.ipynb #3c19a051
 class BEHRTEmbedding(nn.Module):
     "Code + age + visit + position (+ time), then LayerNorm and dropout."
     def __init__(self,
@@ -115,10 +129,22 @@ class BEHRTEmbedding(nn.Module):
         self.code = nn.Embedding(vocab_size, dim, padding_idx=PAD)
         self.age, self.visit = AgeEmbedding(dim, max_age), VisitEmbedding(dim)
         self.position = SinusoidalPositionalEncoding(dim) if position == "sinusoidal" else PositionalEmbedding(dim, max_visits)
-        self.time = nn.Linear(2, dim, bias=False) if use_time else None
+        self.position_scale = nn.Parameter(torch.tensor(0.3))
+        self.time = TimeEmbedding(dim) if use_time else None
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
         for layer in (self.code, self.visit.embedding): nn.init.normal_(layer.weight, std=0.5)
         with torch.no_grad(): self.code.weight[PAD].zero_()
+
+    def terms(self,
+        codes: Tensor, # (B, L) int64 token ids
+        ages: Tensor, # (B, L) int64 years, negative if unknown
+        visit_ids: Tensor, # (B, L) int64, -1 for no visit
+        times: Tensor | None = None, # (B, L) days since the first visit
+    ) -> dict: # name -> (B, L, dim)
+        "The vectors that are added, one by one."
+        terms = {"code": self.code(codes), "age": self.age(ages), "visit": self.visit(visit_ids), "position": self.position_scale * self.position(visit_ids)}
+        if self.time is not None and times is not None: terms["time"] = self.time(time_features_of_tokens(times, visit_ids))
+        return terms
 
     def forward(self,
         codes: Tensor, # (B, L) int64 token ids
@@ -127,6 +153,4 @@ class BEHRTEmbedding(nn.Module):
         times: Tensor | None = None, # (B, L) days since the first visit
     ) -> Tensor: # (B, L, dim)
         "Embed tokens."
-        total = self.code(codes) + self.age(ages) + self.visit(visit_ids) + self.position(visit_ids)  # (B, L, dim)
-        if self.time is not None and times is not None: total = total + self.time(time_features_of_tokens(times, visit_ids))
-        return self.dropout(self.norm(total))
+        return self.dropout(self.norm(sum(self.terms(codes, ages, visit_ids, times).values())))

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['MeanVisitEncoder', 'LSTMConfig', 'SurvivalLSTM']
 
-# %% ../nbs/12_lstm.ipynb #af0436a0
+# %% ../nbs/12_lstm.ipynb #8dee3992
 import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .embeddings import AgeEmbedding
+from .embeddings import AgeEmbedding, TimeEmbedding
 from .sequences import PAD
 from .survival import HazardHead, SurvivalModel, survival_loss
 
-# %% ../nbs/12_lstm.ipynb #7dbe9c25
+# %% ../nbs/12_lstm.ipynb #3dfdc1d1
 class MeanVisitEncoder(nn.Module):
     "Mean of code embeddings, plus age, plus time features: one vector a visit."
     def __init__(self,
@@ -27,7 +27,7 @@ class MeanVisitEncoder(nn.Module):
     ):
         super().__init__()
         self.code, self.age = nn.Embedding(vocab_size, dim, padding_idx=PAD), AgeEmbedding(dim, max_age)
-        self.time = nn.Linear(2, dim, bias=False) if use_time else None
+        self.time = TimeEmbedding(dim) if use_time else None
 
     def forward(self, batch: dict) -> Tensor: # (B, V, dim)
         "Encode all visits of a batch; needs `visit_codes`, `visit_mask`, `visit_ages`, `time_features`."

@@ -74,7 +74,7 @@ def interval(
     "Percentile interval."
     return tuple(float(q) for q in np.quantile(np.asarray(draws), [(1 - level) / 2, (1 + level) / 2]))
 
-# %% ../nbs/10_metrics.ipynb #b03889fc
+# %% ../nbs/10_metrics.ipynb #66c23108
 def risk_groups(
     risks, # (n,) predicted risks
     n_groups: int = 3, # groups of nearly equal size
@@ -106,6 +106,6 @@ def plot_risk_groups(
         label = f"{words[g] if words else f'group {g + 1}'} (n={chosen.sum()}, {events[chosen].sum()} events)"
         ax.step(x, km.survival_function_.to_numpy()[:, 0], where="post", color=colors[g % 5], ls=styles[g % 5], label=label)
         ax.fill_between(x, band[:, 0], band[:, 1], step="post", color=colors[g % 5], alpha=0.15, lw=0)
-    ax.set(xlabel="years from the landmark", ylabel="event-free", ylim=(0, 1.02), xlim=(0, None), title=title)
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    ax.set(xlabel="years from the landmark", ylabel="probability of no event yet", ylim=(0, 1.02), xlim=(0, None), title=title)
+    ax.legend(frameon=False, fontsize=8, loc="best")
     return ax

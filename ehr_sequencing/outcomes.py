@@ -19,7 +19,7 @@ import torch
 from .events import DEATH, STRUCTURAL_CODES, EventTable, follow_up
 from .sequences import SequenceStore
 
-# %% ../nbs/04_outcomes.ipynb #573dacf1
+# %% ../nbs/04_outcomes.ipynb #534d1d07
 def _suggestions(text, table):
     "Codes of the table whose code or name resembles `text`, most similar first."
     codes = [c for c in table.events["code"].unique().sort() if c not in STRUCTURAL_CODES]
@@ -40,6 +40,7 @@ class Outcome:
     ) -> list: # the codes, sorted
         "The codes of the table that define the outcome. Raises `ValueError` if there is none for a part of the pattern."
         present, found = table.events["code"].unique(), set()
+        known = set(present)
         parts = [p.strip() for p in self.pattern.split(";") if p.strip()]
         if not parts: raise ValueError("outcome: is empty. Name a code, such as SNOMED//44054006, or death.")
         for part in parts:
@@ -47,7 +48,7 @@ class Outcome:
             elif part.lower().startswith("concept:"): matches = table.concepts.get(int(part[8:]) if part[8:].strip().isdigit() else None, [])
             elif part.endswith("*"): matches = present.filter(present.str.starts_with(part[:-1])).to_list()
             else: matches = [part]
-            matches = [m for m in matches if m in set(present)]
+            matches = [m for m in matches if m in known]
             if not matches:
                 near = _suggestions(part, table)
                 raise ValueError(f"outcome: '{part}' never occurs in {table.source or 'the events'}. "

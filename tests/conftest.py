@@ -1,0 +1,29 @@
+"What the tests share: where the development data lie, and the command run as a user runs it."
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+
+def data_folder(name):
+    "A data set for development; the test skips where it is absent."
+    path = DATA / name
+    if not path.exists(): pytest.skip(f"{name} is not beside this checkout")
+    return path
+
+
+@pytest.fixture
+def command(tmp_path):
+    "Run `ehrseq_benchmark` in an empty folder: options -> (completed process, what it left behind)."
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(*options):
+        script = Path(sys.executable).parent / "ehrseq_benchmark"
+        done = subprocess.run([script, *map(str, options)], cwd=work, capture_output=True, text=True)
+        return done, sorted(str(p.relative_to(work)) for p in work.rglob("*"))
+    return run

@@ -1,0 +1,91 @@
+"Bad input through the command: exit status 1, one line, no traceback, nothing written; or set aside and counted."
+import json
+
+import polars as pl
+import pytest
+
+from ehr_sequencing.synthetic import simulate_cohort
+
+PERSON = "person_id,gender_concept_id,year_of_birth\n" + "".join(f"{i},8507,1950\n" for i in range(40))
+CONDITION = "person_id,condition_concept_id,condition_start_date,visit_occurrence_id,condition_source_value\n" + "".join(
+    f"{i},1,20{10 + v}-01-0{v + 1},{10 * i + v},C{v}\n" for i in range(40) for v in range(3))
+
+
+def omop(folder, **tables):
+    "Write an OMOP folder."
+    folder.mkdir()
+    for name, text in ({"person": PERSON, "condition_occurrence": CONDITION} | tables).items():
+        if text is not None: (folder / f"{name}.csv").write_text(text)
+    return folder
+
+
+CASES = {
+    "missing table": ({"person": None}, "death", "no table person"),
+    "no clinical table": ({"condition_occurrence": None}, "death", "none of the tables"),
+    "missing column": ({"condition_occurrence": CONDITION.replace("condition_start_date", "start")}, "death", "no column condition_start_date"),
+    "unparsable dates": ({"condition_occurrence": CONDITION.replace("-01-0", "/01/0")}, "death", "no date in column condition_start_date can be read"),
+    "duplicate ids": ({"person": PERSON + "3,8532,1960\n"}, "death", "'person_id' holds 1 ids more than once"),
+    "empty table": ({"person": "person_id,year_of_birth\n"}, "death", "no person"),
+    "empty file": ({"person": ""}, "death", "person.csv: cannot be read"),
+    "outcome never occurs": ({}, "CONDITION//C9", "never occurs"),
+    "outcome that is no code": ({}, "concept:77", "never occurs"),
+    "nobody at risk": ({}, "CONDITION//C0", "no patient is at risk"),
+    "too small to split": ({"death": "person_id,death_date\n1,2015-01-01\n"}, "death", "too small to split"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_written(case, tmp_path, command):
+    tables, outcome, message = CASES[case]
+    done, left = command("--source", omop(tmp_path / "omop", **tables), "--outcome", outcome, "--device", "cpu")
+    assert done.returncode == 1
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert left == []
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p.mkdir(), "found no CSV or Parquet file"), (lambda p: None, "no such file or folder"),
+    (lambda p: p.write_bytes(b"not a database"), "cannot tell the format")])
+def test_source_that_is_none(make, message, tmp_path, command):
+    make(tmp_path / "source")
+    done, left = command("--source", tmp_path / "source", "--outcome", "death")
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1 and left == []
+
+
+def test_no_message_shows_a_patient(tmp_path, command):
+    "Ids and dates in a faulty table do not appear in the error."
+    secret = PERSON.replace("\n3,", "\n987654321,") + "987654321,8532,1961\n"
+    done, _ = command("--source", omop(tmp_path / "omop", person=secret), "--outcome", "death")
+    assert done.returncode == 1 and "987654321" not in done.stderr + done.stdout and "1961" not in done.stderr + done.stdout
+
+
+def test_impossible_records_are_set_aside_and_counted(tmp_path, command):
+    events = simulate_cohort(300, seed=0).table.events.select("subject_id", "time", "code", "numeric_value")
+    births = events.filter(pl.col("code") == "MEDS_BIRTH").head(7)
+    deaths = events.filter(pl.col("code") == "MEDS_DEATH").head(5)
+    early = births.with_columns(time=pl.col("time").dt.offset_by("-1y"), code=pl.lit("EARLY"))
+    late = deaths.with_columns(time=pl.col("time").dt.offset_by("1y"), code=pl.lit("LATE"))
+    path = tmp_path / "events.csv"
+    pl.concat([events, early, late]).with_columns(pl.col("time").dt.to_string()).write_csv(path)
+    path.write_text(path.read_text() + "1,the day before yesterday,C,\n")
+    done, left = command("--source", path, "--outcome", "ICD10CM//I50", "--epochs", 1, "--device", "cpu", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    expected = {"event before birth": 7, "event after death": 5, "events.csv: no readable date": 1}
+    meta = json.loads((tmp_path / "work" / "run" / "meta.json").read_text())
+    assert meta["set_aside"] == expected
+    for reason, n in expected.items(): assert f"set aside: {reason}: {n}" in done.stdout
+    assert meta["rows_read"] == {"events.csv": len(events) + 13}
+
+
+def test_earlier_results_are_never_lost(tmp_path, command):
+    options = ("--num_patients", 300, "--epochs", 1, "--device", "cpu", "--out", "run")
+    assert command(*options)[0].returncode == 0
+    before = (tmp_path / "work" / "run" / "results.csv").read_text()
+    refused, _ = command(*options)
+    assert refused.returncode == 1 and "already holds a run" in refused.stderr
+    failing, left = command("--num_patients", 12, "--out", "run", "--overwrite")
+    assert failing.returncode == 1 and not any("partial" in name for name in left)
+    assert (tmp_path / "work" / "run" / "results.csv").read_text() == before
+    replaced, left = command(*options[:-2], "--out", "run", "--overwrite", "--seed", 1)
+    assert replaced.returncode == 0 and (tmp_path / "work" / "run" / "results.csv").read_text() != before
+    assert not any("partial" in name or ".old" in name for name in left)

@@ -361,7 +361,7 @@ def write_results(
         figure.savefig(folder/"plots"/f"{name}.png", dpi=120)
         plt.close(figure)
 
-# %% ../nbs/18_benchmark.ipynb #42f586c6
+# %% ../nbs/18_benchmark.ipynb #db8f2934
 def _check_out(folder, overwrite):
     "Raise unless `folder` is free, or holds a run that may be replaced. A folder with anything else is never touched."
     if not folder.exists(): return
@@ -392,8 +392,6 @@ def run_benchmark(
 ) -> pd.DataFrame: # the table of `results_table`
     "Prepare, fit, judge and write. Raises the errors of each part; no folder is left behind by an error."
     _check_out(config.folder, config.overwrite)
-    import matplotlib
-    matplotlib.use("Agg", force=False)
     cohort = prepare_cohort(config, say)
     with _whole_folder(config.folder, config.overwrite) as folder:
         arms = fit_arms(cohort, config, say)

@@ -549,14 +549,14 @@ def _table_events(frame, where, columns):
     events = events.with_columns(time=events["time"].set(static.filter(keep), None))
     return _finish([events], events["subject_id"].unique(), account, "table", {})
 
-# %% ../nbs/01_readers.ipynb #38f8724a
+# %% ../nbs/01_readers.ipynb #1b24475a
 FORMATS = ("omop", "synthea", "meds", "table")
 
 
 def detect_format(
     path, # file or folder
 ) -> str: # one of `FORMATS`
-    "Tell the format of a source from its files. Raises `ValueError` saying what was found if none fits."
+    "Tell the format of a source from the tables that only it has, so that the reader can name what is missing. Raises `ValueError` saying what was found if none fits."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder. Give a file or folder with --source.")
     if path.is_file():
@@ -565,8 +565,8 @@ def detect_format(
         raise ValueError(f"{path}: cannot tell the format of this file. Name it with --format, one of {', '.join(FORMATS)}.")
     if (path/"data").is_dir() and any((path/"data").rglob("*.parquet")): return "meds"
     names = _Folder(path).names()
-    if "person" in names: return "omop"
-    if {"patients", "encounters"} <= set(names): return "synthea"
+    if {"person", *_OMOP_TABLES} & set(names): return "omop"
+    if {"patients", "encounters"} & set(names): return "synthea"
     if any(path.glob("*.parquet")): return "meds"
     found = ", ".join(names[:8]) if names else "no CSV or Parquet file"
     raise ValueError(f"{path}: found {found}, which is no OMOP (person), Synthea (patients, encounters) or MEDS (data/*.parquet) source. "

@@ -56,3 +56,21 @@ def test_every_chapter_is_in_the_sidebar_and_the_index():
     for path in CHAPTERS:
         assert path.name in sidebar and path.name in index
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
+
+
+def test_import_cells_hold_nothing_else():
+    "The docs build executes every cell with an import, so code beside an import would run without what it needs."
+    for path in [*CHAPTERS, ROOT / "nbs" / "index.ipynb"]:
+        for cell in cells(path):
+            text = source(cell)
+            if cell["cell_type"] != "code" or "#| export" in text: continue
+            lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
+            imports = [line for line in lines if re.match(r"\s*(import |from \S+ import)", line)]
+            assert len(imports) in (0, len(lines)) or "nbdev_export()" in text, f"{path.name}: {text[:80]}"
+
+
+def test_docs_pipeline_processes_every_notebook():
+    "What `nbdev_docs` does before it calls Quarto."
+    subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"],
+                   cwd=ROOT, check=True, capture_output=True)
+    for path in [*CHAPTERS, ROOT / "nbs" / "index.ipynb"]: assert (ROOT / "_proc" / path.name).is_file(), path.name

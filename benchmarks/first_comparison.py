@@ -15,6 +15,7 @@ from ehr_sequencing.benchmark import BenchmarkConfig, run_benchmark
 from ehr_sequencing.readers import eunomia_path
 
 ROOT = Path(__file__).resolve().parent.parent
+SEED = 1  # defaults of the networks were chosen while looking at seed 0 of the synthetic cohort and of Eunomia
 RUNS = {  # name -> title, where the source lies (None: the synthetic cohort), outcome, what to know about it
     "synthetic": ("The synthetic cohort", None, None, "Simulated; the oracle knows the true risks."),
     "eunomia": ("Eunomia GiBleed, OMOP in DuckDB: gastrointestinal haemorrhage", "eunomia", "concept:192671",
@@ -24,7 +25,8 @@ RUNS = {  # name -> title, where the source lies (None: the synthetic cohort), o
     "mimic-meds": ("MIMIC-IV demo, MEDS Parquet: death", "mimic-iv-demo-meds", "death",
                    "The same hundred people in another edition, with deaths out of hospital too. No visit ids, so each day is a visit."),
     "synthea-diabetes": ("Synthea, CSV: onset of diabetes", "synthea-apr2020-csv", "SNOMED//44054006", "Simulated lives. 76 of 1,171 people get diabetes, few of them in the five years after a random visit."),
-    "synthea-htn": ("Synthea, CSV: onset of hypertension", "synthea-apr2020-csv", "SNOMED//59621000", "Simulated lives. Hypertension depends mostly on age, and half of those who have it have it at their first visit."),
+    "synthea-htn": ("Synthea, CSV: onset of hypertension", "synthea-apr2020-csv", "SNOMED//59621000", "Simulated lives. Of the 166 people whose hypertension begins after their first visit, nine in ten have it recorded at 18.1 years, "
+                    "when the simulator begins to look. Whoever can express a peak in age finds it; a high C says little about medicine here."),
 }
 
 
@@ -43,14 +45,14 @@ def main(
 ):
     "Run what is missing and write the page."
     parts = ["# A first comparison", "Written by `benchmarks/first_comparison.py`: the same command, with its defaults, on six questions. Each section is the report of one run.",
-             f"One split and one seed (0) each; {os.cpu_count()} cores, no GPU. Seconds are of a shared machine and only their ratios mean anything."]
+             f"One split and one seed ({SEED}) each, not the one with which the networks' defaults were chosen; {os.cpu_count()} cores, no GPU. Seconds are of a shared machine and only their ratios mean anything."]
     for name, (title, source, outcome, remark) in RUNS.items():
         path = None if source is None else locate(source, Path(data))
         folder = ROOT / "experiments" / "first_comparison" / name
         if source is not None and path is None and not folder.exists():
             parts += [f"## {title}", "The data are not on this machine; left out."]
             continue
-        if not folder.exists(): run_benchmark(BenchmarkConfig(source=path and str(path), outcome=outcome, out=str(folder)))
+        if not folder.exists(): run_benchmark(BenchmarkConfig(source=path and str(path), outcome=outcome, out=str(folder), seed=SEED))
         report = (folder / "results.md").read_text(encoding="utf-8").replace("\n## ", "\n#### ")
         versions = json.loads((folder / "hyperparameters.json").read_text())["versions"]
         parts += [f"## {title}", remark, "\n".join(report.splitlines()[1:]).strip(), "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]

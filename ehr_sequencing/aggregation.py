@@ -28,64 +28,71 @@ def pool_visits(
     counts = hidden.new_zeros(hidden.shape[0], n_visits + 1).scatter_add(1, slot, torch.ones_like(slot, dtype=hidden.dtype))  # (B, V + 1)
     return (sums / counts.clamp(min=1).unsqueeze(-1))[:, :n_visits]  # (B, V, d)
 
-# %% ../nbs/07_aggregation.ipynb #37aff15a
-def _scramble_after(batch, t, generator):
-    "A copy of the batch in which all that belongs to visits after `t` has other contents."
-    changed = dict(batch)
-    later = batch["visit_ids"] > t  # (B, L)
-    highest = int(batch["codes"].max())
-    random_codes = torch.randint(UNK, highest + 1, batch["codes"].shape, generator=generator)
-    changed["codes"] = torch.where(later, random_codes, batch["codes"])
-    changed["ages"] = torch.where(later, batch["ages"] + 7, batch["ages"])
-    changed["times"] = torch.where(later, batch["times"] * 2 + 100, batch["times"])
-    if "visit_codes" in batch:
-        random_codes = torch.randint(UNK, highest + 1, batch["visit_codes"].shape, generator=generator)
-        changed["visit_codes"], changed["time_features"] = batch["visit_codes"].clone(), batch["time_features"].clone()
-        changed["visit_codes"][:, t + 1:] = torch.where(batch["visit_mask"], random_codes, batch["visit_codes"])[:, t + 1:]
-        changed["time_features"][:, t + 1:] += 1.5
-        changed["visit_ages"] = batch["visit_ages"].clone()
-        changed["visit_ages"][:, t + 1:] += 7
+# %% ../nbs/07_aggregation.ipynb #1207865b
+_TOKEN_INPUTS = ("codes", "ages", "visit_ids", "times", "attention_mask")
+_VISIT_INPUTS = ("visit_codes", "visit_mask", "sequence_mask", "visit_ages", "time_features")
+
+
+def _scramble_after(inputs, t, generator):
+    "A copy of the inputs in which all that belongs to visits after `t` has other contents."
+    changed, highest = dict(inputs), int(inputs["codes"].max())
+    draw = lambda like: torch.randint(UNK, highest + 1, like.shape, generator=generator).to(like.device)
+    later = inputs["visit_ids"] > t  # (B, L)
+    for name, other in (("codes", draw(inputs["codes"])), ("ages", inputs["ages"] + 7), ("times", inputs["times"] * 2 + 100)):
+        changed[name] = torch.where(later, other, inputs[name])
+    if "visit_codes" in inputs:
+        scrambled = torch.where(inputs["visit_mask"], draw(inputs["visit_codes"]), inputs["visit_codes"])
+        for name, other in (("visit_codes", scrambled), ("time_features", inputs["time_features"] + 1.5), ("visit_ages", inputs["visit_ages"] + 7)):
+            changed[name] = torch.cat([inputs[name][:, :t + 1], other[:, t + 1:]], 1)
     return changed
 
 
-def _cut_after(batch, t):
-    "A copy of the batch in which the visits after `t` are padding."
-    cut, later = dict(batch), batch["visit_ids"] > t
-    cut["attention_mask"] = batch["attention_mask"] & ~later
-    cut["visit_ids"], cut["codes"] = batch["visit_ids"].masked_fill(later, -1), batch["codes"].masked_fill(later, 0)
-    if "visit_codes" in batch:
-        for name in ("visit_mask", "sequence_mask", "visit_codes"):
-            cut[name] = batch[name].clone()
-            cut[name][:, t + 1:] = 0
-    return cut
+def _cut_after(inputs, t):
+    "The inputs as if the visits after `t` had never been: their tokens and slots are gone, and the tensors are narrower."
+    keep = (inputs["visit_ids"] <= t) & inputs["attention_mask"]
+    width = max(1, int(keep.sum(1).max()))  # tokens stand in the order of visits, so those kept come first
+    cut = {name: inputs[name][:, :width].masked_fill(~keep[:, :width], -1 if name == "visit_ids" else 0) for name in _TOKEN_INPUTS}
+    return cut | {name: inputs[name][:, :t + 1] for name in _VISIT_INPUTS if name in inputs}
 
-# %% ../nbs/07_aggregation.ipynb #d7844fe9
+# %% ../nbs/07_aggregation.ipynb #1c2b67fe
+def _compare(before, after, t, affected, tolerance, what):
+    "Raise if outputs of the affected rows up to visit t differ by more than rounding."
+    if after.shape[1] < t + 1: raise ValueError(f"model: with visits 0..{t} alone it gave outputs for {after.shape[1]} visits; expected {t + 1}")
+    kept, moved = before[affected, :t + 1], (after[affected, :t + 1] - before[affected, :t + 1]).abs().max().item()
+    if not moved <= tolerance * max(kept.abs().max().item(), 1e-12):
+        raise AssertionError(f"Future leakage: outputs at visits 0..{t} move by up to {moved:.3g} when the visits after {t} {what}. "
+                             "Use visit-causal attention (or a forward-only recurrence) for predictions at every visit.")
+
+
 @torch.no_grad()
 def assert_no_future_leakage(
     model, # callable: batch -> (B, V, ...) outputs, or a module with such a forward
     batch: dict, # from `make_batch`, with at least two visits in some row
-    tolerance: float = 1e-4, # largest difference that counts as rounding
-    max_checks: int = 8, # how many visits t to try, spread over the batch
-    seed: int = 0, # of the replaced contents
+    tolerance: float = 1e-4, # largest difference that counts as rounding, relative to the largest output
+    max_checks: int = 24, # how many visits t to try: all in short batches, else neighbours at the start and others drawn at random
+    seed: int = 0, # of the replaced contents and of the visits tried
 ):
     """Raise `AssertionError` if an output at visit t changes when visits after t change or are removed.
 
-    The model is put into evaluation mode for the check. Raises `ValueError` if no row has two visits, or the model's output has another shape."""
-    was_training = getattr(model, "training", False)
+    The model is put into evaluation mode for the check and sees the inputs of the data contract only: labels, row numbers and whatever else the batch
+    holds are withheld, so a model that needs them fails with a `KeyError`. Raises `ValueError` if no row has two visits, or the output has another shape."""
+    inputs = {name: batch[name] for name in (*_TOKEN_INPUTS, *_VISIT_INPUTS) if name in batch}
+    n_visits = inputs["sequence_mask"].shape[1] if "sequence_mask" in inputs else int(inputs["visit_ids"].max()) + 1
+    if n_visits < 2: raise ValueError("batch: no row has two visits, so there is no future to leak")
+    generator, was_training = torch.Generator().manual_seed(seed), getattr(model, "training", False)
+    tried = list(range(n_visits - 1))
+    if len(tried) > max_checks:
+        others = torch.randperm(n_visits - 1 - max_checks // 2, generator=generator)[:max_checks - max_checks // 2] + max_checks // 2
+        tried = tried[:max_checks // 2] + sorted(others.tolist())
     if was_training: model.eval()
     try:
-        n_visits = int(batch["visit_ids"].max()) + 1
-        if n_visits < 2: raise ValueError("batch: no row has two visits, so there is no future to leak")
-        generator, before = torch.Generator().manual_seed(seed), model(batch)
-        if before.shape[:2] != (len(batch["codes"]), n_visits):
-            raise ValueError(f"model: expected outputs of shape ({len(batch['codes'])}, {n_visits}, ...), got {tuple(before.shape)}")
-        for t in torch.linspace(0, n_visits - 2, min(max_checks, n_visits - 1)).round().int().unique().tolist():
-            affected = batch["visit_ids"].max(1).values > t  # rows that have a future at t
-            for what, changed in (("change", _scramble_after(batch, t, generator)), ("are removed", _cut_after(batch, t))):
-                after = model(changed)[:, :t + 1]
-                moved = (after[affected] - before[affected, :t + 1]).abs().max().item()
-                if not moved <= tolerance:
-                    raise AssertionError(f"Future leakage: outputs at visits 0..{t} move by up to {moved:.3g} when the visits after {t} {what}. "
-                                         "Use visit-causal attention (or a forward-only recurrence) for predictions at every visit.")
+        before = model(inputs)
+        if before.shape[:2] != (len(inputs["codes"]), n_visits):
+            raise ValueError(f"model: expected outputs of shape ({len(inputs['codes'])}, {n_visits}, ...), got {tuple(before.shape)}")
+        for t in tried:
+            affected = inputs["visit_ids"].max(1).values > t  # rows that have a future at t
+            if not affected.any(): continue
+            _compare(before, model(_scramble_after(inputs, t, generator)), t, affected, tolerance, "change")
+            _compare(before, model(_cut_after(inputs, t)), t, affected, tolerance, "are removed")
     finally:
         if was_training: model.train()

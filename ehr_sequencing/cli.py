@@ -10,7 +10,7 @@ import sys
 
 from fastcore.script import call_parse
 
-# %% ../nbs/19_cli.ipynb #54b195b2
+# %% ../nbs/19_cli.ipynb #70501837
 def _one_line(name, job):
     "Run `job`; turn an expected error into one line on stderr and exit status 1."
     import os
@@ -19,6 +19,10 @@ def _one_line(name, job):
         if os.environ.get("EHRSEQ_TRACEBACK"): raise
         text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
         print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("EHRSEQ_TRACEBACK") or type(error).__module__.split(".")[0] not in ("polars", "duckdb", "_duckdb", "pyarrow"): raise
+        print(f"{name}: the data could not be processed ({type(error).__name__}). EHRSEQ_TRACEBACK=1 shows where, and perhaps values of patients.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; nothing was written.", file=sys.stderr)

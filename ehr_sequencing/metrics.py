@@ -11,15 +11,17 @@ import pandas as pd
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index as _lifelines_concordance
 
-# %% ../nbs/10_metrics.ipynb #9b77794e
+# %% ../nbs/10_metrics.ipynb #21bb65e5
 def _check_survival(durations, events, risks=None):
     "Arrays of one length, finite, with an event; the common checks of all metrics."
-    durations, events = np.asarray(durations, dtype=float), np.asarray(events, dtype=bool)
+    durations, events = np.asarray(durations, dtype=float), np.asarray(events, dtype=float)
     arrays = {"durations": durations, "events": events} | ({} if risks is None else {"risks": np.asarray(risks, dtype=float)})
     for name, array in arrays.items():
         if array.shape != (len(durations),): raise ValueError(f"{name}: expected shape ({len(durations)},) as `durations`, got {array.shape}")
         if not np.isfinite(array).all(): raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} of {len(array)} values are not finite, first at position {int((~np.isfinite(array)).argmax())}")
     if (durations < 0).any(): raise ValueError(f"durations: {int((durations < 0).sum())} are negative")
+    if not np.isin(events, (0, 1)).all(): raise ValueError("events: expected True or False (1 or 0) for each patient")
+    events = arrays["events"] = events.astype(bool)
     if not events.any(): raise ValueError("events: nobody has the event (all censored), so no pair of patients can be compared")
     return tuple(arrays.values())
 
@@ -35,7 +37,7 @@ def concordance_index(
     if not later.any(): raise ValueError("durations: no pair of patients is comparable (every event comes at the last time)")
     return float(_lifelines_concordance(durations, -risks, events))
 
-# %% ../nbs/10_metrics.ipynb #b8e6b617
+# %% ../nbs/10_metrics.ipynb #994ccfd6
 def _weighted_pairs(weights, durations, events, risks):
     "Sums over pairs for each row of weights: comparable, (R,), and concordant, (models, R). Event rows in chunks to bound memory."
     comparable, concordant = np.zeros(len(weights)), np.zeros((len(risks), len(weights)))
@@ -56,7 +58,7 @@ def bootstrap_concordance(
     risks: dict, # model name -> (n,) risks
     n_resamples: int = 1000, # draws
     seed: int = 0, # of the draws
-) -> pd.DataFrame: # one column a model, one row a draw; draws without a comparable pair are left out
+) -> pd.DataFrame: # one column a model, one row a draw; `attrs["left_out"]` counts the draws without a comparable pair
     "Harrell's C of several models on the same bootstrap draws of patients. Raises `ValueError` as `concordance_index`."
     durations, events = _check_survival(durations, events)
     for name, r in risks.items(): concordance_index(durations, events, r)
@@ -64,7 +66,10 @@ def bootstrap_concordance(
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(float)  # (R, n)
     comparable, concordant = _weighted_pairs(weights, durations, events, [np.asarray(r, dtype=float) for r in risks.values()])
     defined = comparable > 0
-    return pd.DataFrame((concordant[:, defined] / comparable[defined]).T, columns=list(risks))
+    if not defined.any(): raise ValueError("events: no bootstrap draw has a comparable pair; there are too few events for an interval")
+    draws = pd.DataFrame((concordant[:, defined] / comparable[defined]).T, columns=list(risks))
+    draws.attrs["left_out"] = int((~defined).sum())
+    return draws
 
 
 def interval(
@@ -74,7 +79,7 @@ def interval(
     "Percentile interval."
     return tuple(float(q) for q in np.quantile(np.asarray(draws), [(1 - level) / 2, (1 + level) / 2]))
 
-# %% ../nbs/10_metrics.ipynb #66c23108
+# %% ../nbs/10_metrics.ipynb #23f8d832
 def risk_groups(
     risks, # (n,) predicted risks
     n_groups: int = 3, # groups of nearly equal size
@@ -97,7 +102,8 @@ def plot_risk_groups(
     import matplotlib.pyplot as plt
     durations, events, risks = _check_survival(durations, events, risks)
     if ax is None: ax = plt.subplots(figsize=(5, 3.5), layout="constrained")[1]
-    groups, words = risk_groups(risks, n_groups), {3: ("lowest third", "middle third", "highest third")}.get(n_groups)
+    groups = risk_groups(risks, n_groups)
+    words = ("lowest third", "middle third", "highest third") if n_groups == 3 and len(np.unique(groups)) == 3 else None
     colors, styles = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":", "-")
     for g in np.unique(groups):
         chosen = groups == g
@@ -106,6 +112,6 @@ def plot_risk_groups(
         label = f"{words[g] if words else f'group {g + 1}'} (n={chosen.sum()}, {events[chosen].sum()} events)"
         ax.step(x, km.survival_function_.to_numpy()[:, 0], where="post", color=colors[g % 5], ls=styles[g % 5], label=label)
         ax.fill_between(x, band[:, 0], band[:, 1], step="post", color=colors[g % 5], alpha=0.15, lw=0)
-    ax.set(xlabel="years from the landmark", ylabel="probability of no event yet", ylim=(0, 1.02), xlim=(0, None), title=title)
+    ax.set(xlabel="years from the landmark", ylabel="probability of no event yet", xlim=(0, None), title=title)
     ax.legend(frameon=False, fontsize=8, loc="best")
     return ax

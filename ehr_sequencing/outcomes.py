@@ -6,7 +6,7 @@
 __all__ = ['Outcome', 'feature_exclusions', 'VisitLabels', 'label_visits', 'horizon_targets', 'attach_labels', 'split_patients',
            'Landmarks', 'draw_landmarks']
 
-# %% ../nbs/04_outcomes.ipynb #11c067ee
+# %% ../nbs/04_outcomes.ipynb #57672a8e
 import difflib
 import re
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ import pandas as pd
 import polars as pl
 import torch
 
-from .events import DEATH, STRUCTURAL_CODES, EventTable, follow_up
+from .events import BIRTH, DEATH, OBSERVATION_END, STRUCTURAL_CODES, VISIT_END, EventTable, follow_up
 from .sequences import SequenceStore
 
-# %% ../nbs/04_outcomes.ipynb #534d1d07
+# %% ../nbs/04_outcomes.ipynb #9db65138
 def _suggestions(text, table):
     "Codes of the table whose code or name resembles `text`, most similar first."
     codes = [c for c in table.events["code"].unique().sort() if c not in STRUCTURAL_CODES]
@@ -40,13 +40,13 @@ class Outcome:
     ) -> list: # the codes, sorted
         "The codes of the table that define the outcome. Raises `ValueError` if there is none for a part of the pattern."
         present, found = table.events["code"].unique(), set()
-        known = set(present)
+        known = set(present) - {BIRTH, OBSERVATION_END, VISIT_END}  # the frame of a record is no outcome
         parts = [p.strip() for p in self.pattern.split(";") if p.strip()]
         if not parts: raise ValueError("outcome: is empty. Name a code, such as SNOMED//44054006, or death.")
         for part in parts:
             if part.lower() == "death": matches = [DEATH]
-            elif part.lower().startswith("concept:"): matches = table.concepts.get(int(part[8:]) if part[8:].strip().isdigit() else None, [])
-            elif part.endswith("*"): matches = present.filter(present.str.starts_with(part[:-1])).to_list()
+            elif part.lower().startswith("concept:"): matches = table.concepts.get(int(part[8:]) if part[8:].strip().isdecimal() else None, [])
+            elif part.endswith("*"): matches = [c for c in known - {DEATH} if c.startswith(part[:-1])]
             else: matches = [part]
             matches = [m for m in matches if m in known]
             if not matches:
@@ -62,8 +62,8 @@ def _frequent(table):
     counts = table.events.filter(~pl.col("code").is_in(STRUCTURAL_CODES))["code"].value_counts().sort("count", "code", descending=[True, False])
     return counts["code"].head(3).to_list()
 
-# %% ../nbs/04_outcomes.ipynb #0007b6f9
-_DEATH_WORDS = r"(?i)\b(died|dead|expired|deceased|death)\b"
+# %% ../nbs/04_outcomes.ipynb #0fee4b60
+_DEATH_WORDS = r"(?i)(^|[^a-z])(died|dead|expired|deceased|death)($|[^a-z])"
 
 
 def feature_exclusions(

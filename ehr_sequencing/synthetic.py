@@ -168,7 +168,7 @@ def _assemble(state, rows, snapshots, endings, expected, generator):
     truth |= {k: np.concatenate([s[2][k] for s in snapshots]) for k in state}
     return SyntheticCohort(table, truth, expected)
 
-# %% ../nbs/03_synthetic.ipynb #1ac55873
+# %% ../nbs/03_synthetic.ipynb #f268d91f
 def oracle_risk(
     cohort: SyntheticCohort, # with its snapshots
     subject_ids, # (n,) patients
@@ -184,8 +184,9 @@ def oracle_risk(
     positions = np.repeat([where[key] for key in keys], n_futures)
     state = {k: snapshots[k][positions].copy() for k in ("age", "male", "frailty", "onset", "treated", "infected")}
     month, generator, cumulative = snapshots["month"][positions].astype(float), np.random.default_rng(seed), np.zeros(len(positions))
-    for step in range(int(round(horizon / MONTH))):
+    months = horizon / MONTH
+    for step in range(int(np.ceil(months))):
         if step: _advance(state, month, generator)
-        cumulative += event_hazard(state, month)
+        cumulative += event_hazard(state, month) * min(1.0, months - step)
         month += 1
     return -np.expm1(-cumulative).reshape(-1, n_futures).mean(1)

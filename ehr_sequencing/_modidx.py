@@ -452,4 +452,5 @@ d = { 'settings': { 'branch': 'main',
                                          'ehr_sequencing.training.parameter_groups': ( 'training.html#parameter_groups',
                                                                                        'ehr_sequencing/training.py'),
                                          'ehr_sequencing.training.plot_losses': ('training.html#plot_losses', 'ehr_sequencing/training.py'),
-                                         'ehr_sequencing.training.to_device': ('training.html#to_device', 'ehr_sequencing/training.py')}}}
+                                         'ehr_sequencing.training.to_device': ('training.html#to_device', 'ehr_sequencing/training.py'),
+                                         'ehr_sequencing.training.train_step': ('training.html#train_step', 'ehr_sequencing/training.py')}}}

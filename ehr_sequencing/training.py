@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate_factor', 'parameter_groups', 'make_accelerator', 'Progress', 'to_device', 'gather_batches', 'mean_loss',
-           'Trainer', 'plot_losses']
+           'train_step', 'Trainer', 'plot_losses']
 
 # %% ../nbs/16_training.ipynb #93c66ecb
 import math
@@ -112,7 +112,30 @@ def mean_loss(
         total, weight = total + survival_loss(model(batch), batch).item() * len(batch["codes"]), weight + len(batch["codes"])
     return total / weight
 
-# %% ../nbs/16_training.ipynb #ea839870
+# %% ../nbs/16_training.ipynb #ecc8210d
+def train_step(
+    model: nn.Module, # prepared by the accelerator
+    optimizer, # prepared by the accelerator
+    accelerator: Accelerator, # device and precision
+    group: list, # batches with labels
+    max_norm: float, # of the gradient
+    where: str, # which step this is, for messages
+) -> float: # mean loss over the patients of the group
+    "One optimiser step on the mean over the patients of a group. Raises `ValueError` for a loss that is not finite."
+    patients, total = sum(len(b["codes"]) for b in group), 0.0
+    optimizer.zero_grad()
+    for batch in group:
+        batch = to_device(batch, accelerator.device)
+        with accelerator.autocast(): loss = survival_loss(model(batch), batch) * (len(batch["codes"]) / patients)
+        if not torch.isfinite(loss):
+            raise ValueError(f"The training loss became {loss.item()} in {where}. Lower the learning rate, or look for extreme values in the data.")
+        accelerator.backward(loss)
+        total += loss.item()
+    accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return total
+
+# %% ../nbs/16_training.ipynb #e0a2747b
 class Trainer:
     "Fit a survival model; afterwards it holds the weights of the epoch with the lowest validation loss."
     def __init__(self,
@@ -139,22 +162,12 @@ class Trainer:
         self.learning_rate, self.patients_per_step, self.seen, self.history = learning_rate, patients_per_step, 0, []
 
     def _step(self, group, where):
-        "One optimiser step on the mean over the patients of a group; returns that mean and the number of patients."
-        patients, total = sum(len(b["codes"]) for b in group), 0.0
+        "One step at the learning rate of its place in the schedule; returns the mean loss and the number of patients."
+        patients = sum(len(b["codes"]) for b in group)
         rate = self.learning_rate * learning_rate_factor((self.seen + patients / 2) / (self.epochs * len(self.train.rows)))
         for parameters in self.optimizer.param_groups: parameters["lr"] = rate
-        self.optimizer.zero_grad()
-        for batch in group:
-            batch = to_device(batch, self.accelerator.device)
-            with self.accelerator.autocast(): loss = survival_loss(self.model(batch), batch) * (len(batch["codes"]) / patients)
-            if not torch.isfinite(loss):
-                raise ValueError(f"The training loss became {loss.item()} in {where}. Lower the learning rate, or look for extreme values in the data.")
-            self.accelerator.backward(loss)
-            total += loss.item()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        self.optimizer.step()
         self.seen += patients
-        return total, patients
+        return train_step(self.model, self.optimizer, self.accelerator, group, self.max_norm, where), patients
 
     def _train_epoch(self, epoch):
         "One pass over the training patients; returns the mean loss a patient."

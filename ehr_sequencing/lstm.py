@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['MeanVisitEncoder', 'LSTMConfig', 'SurvivalLSTM']
 
-# %% ../nbs/12_lstm.ipynb #8dee3992
+# %% ../nbs/12_lstm.ipynb #f4cd05e4
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .embeddings import AgeEmbedding, TimeEmbedding
 from .sequences import PAD
-from .survival import HazardHead, SurvivalModel, survival_loss
+from .survival import HazardHead, SurvivalModel
 
 # %% ../nbs/12_lstm.ipynb #3dfdc1d1
 class MeanVisitEncoder(nn.Module):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'OUTCOME_CODE', 'MONTH', 'event_hazard', 'SyntheticCohort', 'simulate_cohort', 'oracle_risk']
 
-# %% ../nbs/03_synthetic.ipynb #52914ce2
+# %% ../nbs/03_synthetic.ipynb #8f96a1ab
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from .events import BIRTH, DEATH, OBSERVATION_END, SCHEMA, EventTable, event_table
+from .events import BIRTH, DEATH, OBSERVATION_END, EventTable, event_table
 
 # %% ../nbs/03_synthetic.ipynb #67403c37
 CONDITIONS = {  # name -> code, yearly onset rate at 60, rise a decade, log hazard ratio for the outcome
@@ -125,7 +125,7 @@ def simulate_cohort(
     endings.append((active, np.full(len(active), years * 12 * MONTH), OBSERVATION_END))
     return _assemble(state, rows, snapshots, endings, expected, generator)
 
-# %% ../nbs/03_synthetic.ipynb #65636f28
+# %% ../nbs/03_synthetic.ipynb #5695bda3
 def _month(state, active, month, generator, rows, snapshots, endings):
     "Visits, then the outcome, then deaths of one month. Returns who goes on, and the sum of true hazards."
     conditions = np.isfinite(state["onset"][active]).sum(1)
@@ -140,7 +140,7 @@ def _month(state, active, month, generator, rows, snapshots, endings):
     struck = active[happens]
     rows.append((struck, np.floor(month * MONTH + generator.uniform(14, 29, len(struck))), np.full(len(struck), OUTCOME_CODE, dtype=object), np.full(len(struck), np.nan)))
     endings.append((struck, np.full(len(struck), (month + 1) * MONTH), OBSERVATION_END))
-    going, alive = active[~happens], None
+    going = active[~happens]
     mortality = 0.0006 * np.exp(0.09 * (state["age"][going] + month / 12 - 60)) * (1 + 0.3 * np.isfinite(state["onset"][going]).sum(1))
     alive = generator.random(len(going)) >= mortality
     endings.append((going[~alive], np.full(int((~alive).sum()), (month + 1) * MONTH), DEATH))

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MeanVisitEncoder', 'LSTMConfig', 'SurvivalLSTM']
 
-# %% ../nbs/12_lstm.ipynb #f4cd05e4
+# %% ../nbs/12_lstm.ipynb #70c44bc2
 import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .behrt import check_sizes
 from .embeddings import AgeEmbedding, TimeEmbedding
 from .sequences import PAD
 from .survival import HazardHead, SurvivalModel
@@ -35,7 +36,7 @@ class MeanVisitEncoder(nn.Module):
         visits = sums / real.sum(2).clamp(min=1) + self.age(batch["visit_ages"])
         return visits if self.time is None else visits + self.time(batch["time_features"])
 
-# %% ../nbs/12_lstm.ipynb #503620dd
+# %% ../nbs/12_lstm.ipynb #28f1acc3
 @dataclass
 class LSTMConfig:
     "Sizes of a `SurvivalLSTM`. Raises `ValueError` for sizes that make no sense."
@@ -48,10 +49,7 @@ class LSTMConfig:
     use_time: bool = True # add the time features
 
     def __post_init__(self):
-        for name in ("vocab_size", "embedding_dim", "hidden_size", "num_layers", "max_age"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if not 0 <= self.dropout < 1: raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+        check_sizes(self, "vocab_size", "embedding_dim", "hidden_size", "num_layers", "max_age")
 
     @classmethod
     def small(cls, vocab_size: int, **changes): # -> LSTMConfig

@@ -220,18 +220,22 @@ class _Account:
             frame = frame.filter(pl.col(column).is_not_null())
         return frame
 
-# %% ../nbs/01_readers.ipynb #3c33c686
-def _unique_people(frame, key, where, account):
-    "One row a patient: equal repeats are dropped and counted, contradicting ones are an error."
-    account.put_aside(f"{where}: no patient", frame[key].null_count())
-    frame = frame.filter(pl.col(key).is_not_null())
+# %% ../nbs/01_readers.ipynb #093bf1ef
+def _unique_rows(frame, key, where, account):
+    "One row an id: equal repeats are dropped and counted, contradicting ones are an error. Rows without an id stay."
     unique = frame.unique(maintain_order=True)
     account.put_aside(f"{where}: repeated row", len(frame) - len(unique))
-    repeated = unique[key].is_duplicated()
+    repeated = unique[key].is_duplicated() & unique[key].is_not_null()
     if repeated.any():
         raise ValueError(f"{where}: column '{key}' holds {unique[key].filter(repeated).n_unique():,} ids more than once with different contents, "
-                         f"first in row {repeated.arg_max()}. Each patient needs one row.")
+                         f"first in row {repeated.arg_max()} (repeats left out). Each id needs one row.")
     return unique
+
+
+def _unique_people(frame, key, where, account):
+    "One row a patient; rows without an id are put aside."
+    account.put_aside(f"{where}: no patient", frame[key].null_count())
+    return _unique_rows(frame.filter(pl.col(key).is_not_null()), key, where, account)
 
 
 def _finish(frames, people, account, format, names, concepts=None):
@@ -280,7 +284,7 @@ def _omop_codes(frame, concepts, where, concept, source_concept, source_value, p
     codes = pl.DataFrame({k: v for k, v in choices.items() if v is not None}).select(pl.coalesce(pl.all())).to_series()
     return codes, ids
 
-# %% ../nbs/01_readers.ipynb #6c36872a
+# %% ../nbs/01_readers.ipynb #e732731a
 def _omop_domain(account, name, concepts):
     "The events of one OMOP domain table, and its pairs of concept id and code."
     stem, time, prefix = _OMOP_TABLES[name]
@@ -310,13 +314,8 @@ def _omop_visits(account, concepts):
     if not starts: raise ValueError(f"{where}: no column visit_start_date; found {column_list(present)}.")
     frame = account.read("visit_occurrence", ["visit_occurrence_id", "person_id", "visit_concept_id", *starts, *ends])
     frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
-    unique = frame.unique(maintain_order=True)
-    account.put_aside(f"{where}: repeated row", len(frame) - len(unique))
-    visit, person = (_integer(unique, c, where) for c in ("visit_occurrence_id", "person_id"))
-    clash = visit.is_duplicated() & visit.is_not_null()
-    if clash.any():
-        raise ValueError(f"{where}: column 'visit_occurrence_id' holds {visit.filter(clash).n_unique():,} ids more than once with different "
-                         f"contents, first in row {clash.arg_max()}. Each visit needs its own id.")
+    unique = _unique_rows(frame.with_columns(visit_occurrence_id=_integer(frame, "visit_occurrence_id", where)), "visit_occurrence_id", where, account)
+    visit, person = unique["visit_occurrence_id"], _integer(unique, "person_id", where)
     codes, _ = _omop_codes(unique, concepts, where, "visit_concept_id", None, None, "VISIT")
     account.listed_visits = visit.drop_nulls()
     frames = [account.events(where, person, account.times(unique, where, *starts), codes.fill_null("OMOP//0"), visit=visit)]

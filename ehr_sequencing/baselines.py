@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['history_counts', 'landmark_ages', 'LandmarkFeatures', 'CoxBaseline']
 
-# %% ../nbs/14_baselines.ipynb #c5605656
+# %% ../nbs/14_baselines.ipynb #627af3af
 import warnings
 
 import numpy as np
@@ -15,7 +15,7 @@ from lifelines.exceptions import ConvergenceError
 
 from .metrics import concordance_index
 from .outcomes import Landmarks
-from .sequences import UNK, SequenceStore
+from .sequences import SPECIAL_TOKENS, SequenceStore
 
 # %% ../nbs/14_baselines.ipynb #3ed58ca0
 def history_counts(
@@ -47,7 +47,7 @@ def landmark_ages(
     starts = store.visit_starts[store.first_visit[landmarks.rows] + landmarks.visits]
     return (starts - store.births[landmarks.rows]) / np.timedelta64(1, "D") / 365.25
 
-# %% ../nbs/14_baselines.ipynb #05cea5a1
+# %% ../nbs/14_baselines.ipynb #07f88760
 class LandmarkFeatures:
     "Scaled features at landmarks: age and log counts of frequent codes, or the log number of visits."
     def __init__(self,
@@ -67,11 +67,13 @@ class LandmarkFeatures:
         train: Landmarks, # to choose codes and scales on
     ): # -> self
         "Choose codes that occur in the most landmarks, not in nearly all or nearly none; learn scales. Raises `ValueError` if nothing varies."
-        ids = np.arange(UNK + 4, len(store.vocabulary))
-        share = (history_counts(store, train, ids) > 0).mean(0)
-        useful = (share >= 0.01) & (share <= 0.99)
-        self.tokens = ids[useful][np.argsort(-share[useful], kind="stable")][:self.max_codes]
-        names = ["log visits"] if self.kind == "visits" else ["age", *store.vocabulary.decode(self.tokens)]
+        if self.kind == "visits": names = ["log visits"]
+        else:
+            ids = np.arange(len(SPECIAL_TOKENS), len(store.vocabulary))
+            share = (history_counts(store, train, ids) > 0).mean(0)
+            useful = (share >= 0.01) & (share <= 0.99)
+            self.tokens = ids[useful][np.argsort(-share[useful], kind="stable")][:self.max_codes]
+            names = ["age", *store.vocabulary.decode(self.tokens)]
         raw = self._raw(store, train)
         self.mean, self.scale = np.nanmean(raw, 0), np.nanstd(raw, 0)
         self.varies = np.nan_to_num(self.scale) > 1e-6
@@ -87,7 +89,12 @@ class LandmarkFeatures:
         scaled = ((self._raw(store, landmarks) - self.mean) / np.where(self.varies, self.scale, 1))[:, self.varies]
         return pd.DataFrame(np.nan_to_num(scaled), columns=[f"x{i}" for i in range(scaled.shape[1])])
 
-# %% ../nbs/14_baselines.ipynb #e171252a
+# %% ../nbs/14_baselines.ipynb #489d4971
+def _cox_risk(model, features, horizon):
+    "1 - S(horizon) of a fitted Cox model."
+    return -np.expm1(-model.predict_cumulative_hazard(features, times=[horizon]).to_numpy()[0])
+
+
 class CoxBaseline:
     "Cox proportional hazards at landmarks, on age and code counts or on the number of visits alone."
     def __init__(self,
@@ -105,22 +112,17 @@ class CoxBaseline:
         "Fit for each penalty, keep the one with the highest validation C. Raises `ValueError` if no fit converges."
         frame = self.features.fit(store, train).transform(store, train)
         frame = frame.assign(duration=train.durations, event=train.events, weight=1 / np.bincount(train.rows)[train.rows])
-        best = -np.inf
+        best, unseen = -np.inf, self.features.transform(store, validation)
         for penalty in self.penalties:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of weights that are no integers: they matter for standard errors, which are not used
                     model = CoxPHFitter(penalizer=penalty).fit(frame, "duration", "event", weights_col="weight")
             except ConvergenceError: continue
-            score = concordance_index(validation.durations, validation.events, self._risk(model, store, validation, train.durations.max()))
+            score = concordance_index(validation.durations, validation.events, _cox_risk(model, unseen, train.durations.max()))
             if score > best: best, self.model, self.penalty = score, model, penalty
         if best == -np.inf: raise ValueError("The Cox model converged for no penalty; there are too few events for so many codes. Lower max_codes.")
         return self
-
-    def _risk(self, model, store, landmarks, horizon):
-        "1 - S(horizon)."
-        hazard = model.predict_cumulative_hazard(self.features.transform(store, landmarks), times=[horizon]).to_numpy()[0]
-        return -np.expm1(-hazard)
 
     def predict_risk(self,
         store: SequenceStore, # of the patients
@@ -128,7 +130,7 @@ class CoxBaseline:
         horizon: float, # days
     ) -> np.ndarray: # (n,) probability of the event within the horizon
         "Risk at each landmark."
-        return self._risk(self.model, store, landmarks, horizon)
+        return _cox_risk(self.model, self.features.transform(store, landmarks), horizon)
 
     @property
     def coefficients(self) -> pd.Series: # log hazard ratio of one standard deviation, by feature

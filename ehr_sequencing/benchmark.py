@@ -7,14 +7,11 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #29fe5890
-import contextlib
+# %% ../nbs/18_benchmark.ipynb #367ddd05
 import dataclasses
 import json
-import os
 import platform
 import re
-import shutil
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,16 +24,16 @@ import torch
 from . import __version__
 from .baselines import CoxBaseline
 from .behrt import BEHRTConfig, count_parameters
-from .events import EventTable, cohort_summary, sample_patients, visit_table
+from .events import EventTable, cohort_summary, sample_patients
 from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import bootstrap_concordance, concordance_index, interval, plot_risk_groups
 from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
                                      split_patients)
 from .readers import read_events
-from .sequences import SPECIAL_TOKENS, BatchLoader, SequenceStore, Vocabulary, build_store, fit_vocabulary
+from .sequences import SPECIAL_TOKENS, BatchLoader, SequenceStore, Vocabulary, build_store, fit_vocabulary, whole_folder
 from .survival import BEHRTForSurvival, SurvivalModel
 from .synthetic import OUTCOME_CODE, SyntheticCohort, oracle_risk, simulate_cohort
-from .training import Trainer, plot_losses, to_device
+from .training import Trainer, make_accelerator, plot_losses, to_device
 
 # %% ../nbs/18_benchmark.ipynb #84b01c73
 @dataclass
@@ -83,7 +80,7 @@ class BenchmarkConfig:
         stem = "synthetic" if self.source is None else re.sub(r"\..*$", "", Path(self.source).name)
         return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", f"{stem}-{self.outcome}-seed{self.seed}").strip("-").lower()
 
-# %% ../nbs/18_benchmark.ipynb #47960acb
+# %% ../nbs/18_benchmark.ipynb #282c2a05
 @dataclass
 class Cohort:
     "Everything that models are trained and judged on."
@@ -92,6 +89,7 @@ class Cohort:
     labels: VisitLabels # of the store
     split: dict # "train", "validation", "test" -> rows
     landmarks: dict # "train", "validation", "test" -> one `Landmarks` a patient; "fit" -> up to five a training patient
+    summary: pd.DataFrame # of `cohort_summary`
     truth: SyntheticCohort | None = None # the simulated cohort, if it is one
 
 
@@ -100,11 +98,11 @@ def _read(config, say):
     truth = simulate_cohort(config.num_patients, config.seed) if config.source is None else None
     table = truth.table if truth else read_events(config.source, config.format)
     say(f"Simulated a cohort from seed {config.seed}." if truth else f"Read {table.source} as {table.format}.")
-    if not visit_table(table.events).height: raise ValueError(f"{table.source}: no event has a time, so there are no visits.")
     if config.limit is not None: table = sample_patients(table, config.limit, config.seed)
-    for line in cohort_summary(table)["value"].items(): say(f"  {line[0]}: {line[1]}")
+    summary = cohort_summary(table)
+    for quantity, value in summary["value"].items(): say(f"  {quantity}: {value}")
     for note in table.notes: say(f"  note: {note}")
-    return table, truth
+    return table, truth, summary
 
 
 def prepare_cohort(
@@ -112,14 +110,15 @@ def prepare_cohort(
     say=print, # called with each line of the account
 ) -> Cohort: # ready for models
     "Source to landmarks. Raises `ValueError` and the readers' errors, before anything is written."
-    table, truth = _read(config, say)
+    table, truth, summary = _read(config, say)
     outcome = Outcome(config.outcome)
-    excluded = feature_exclusions(outcome, table)
+    excluded, codes = feature_exclusions(outcome, table), outcome.codes(table)
     visits = build_store(table, Vocabulary(list(SPECIAL_TOKENS)))  # visits and their times; labels need no codes
+    if not len(visits): raise ValueError(f"{table.source}: no event has a time, so there are no visits.")
     labels = label_visits(visits, table, outcome, config.horizons)
-    say(f"Outcome {', '.join(table.name_of(c) for c in outcome.codes(table)[:3])}{' and more' if len(outcome.codes(table)) > 3 else ''}:")
+    say(f"Outcome {', '.join(table.name_of(c) for c in codes[:3])}{' and more' if len(codes) > 3 else ''}:")
     for step, n in labels.flow["patients"].items(): say(f"  {step.strip()}: {n:,}")
-    split = split_patients(labels, visits, config.seed)
+    split = split_patients(labels, config.seed)
     vocabulary = fit_vocabulary(table.events, visits.subject_ids[split["train"]], config.min_patients, exclude=excluded)
     store = build_store(table, vocabulary)
     landmarks = {part: draw_landmarks(labels, store, rows, config.seed) for part, rows in split.items()}
@@ -129,9 +128,9 @@ def prepare_cohort(
         if not landmarks[part].events.any():
             raise ValueError(f"The cohort is too small to split: no {part} patient has the event within {config.horizon_years:g} years of the landmark. Use more patients, a commoner outcome or a longer horizon.")
     say(f"Vocabulary of {len(vocabulary):,} tokens from the training patients; {len(store.tokens):,} tokens in {store.n_visits.sum():,} visits.")
-    return Cohort(table, store, labels, split, landmarks, truth)
+    return Cohort(table, store, labels, split, landmarks, summary, truth)
 
-# %% ../nbs/18_benchmark.ipynb #288fd2ac
+# %% ../nbs/18_benchmark.ipynb #7e01b457
 @dataclass
 class Arm:
     "A fitted model with its costs and what it says at the landmarks."
@@ -162,9 +161,8 @@ def network_risks(
 
 def _loaders(cohort, config):
     "Batches of training and validation patients, each history ending at its last visit at risk."
-    counts = np.add.reduceat(cohort.labels.at_risk, cohort.store.first_visit[:-1])
     attach = lambda batch: attach_labels(batch, cohort.store, cohort.labels)
-    return [BatchLoader(cohort.store, cohort.split[part], counts[cohort.split[part]] - 1, config.token_budget, config.max_tokens,
+    return [BatchLoader(cohort.store, cohort.split[part], cohort.labels.n_at_risk[cohort.split[part]] - 1, config.token_budget, config.max_tokens,
                         max_patients=16 if part == "train" else None, shuffle=part == "train", random_end=part == "train", seed=config.seed, transform=attach) for part in ("train", "validation")]
 
 
@@ -320,13 +318,13 @@ def plot_survival(
     for ax in axes.flat[len(arms):]: ax.remove()
     return fig
 
-# %% ../nbs/18_benchmark.ipynb #81b7c081
+# %% ../nbs/18_benchmark.ipynb #c8be9c6f
 def _report(config, cohort, table, comparisons):
     "The Markdown page of a run."
     parts = [f"# {cohort.table.name_of(config.outcome)}: who, within {config.horizon_years:g} years?", conclusion(cohort, comparisons, config), to_markdown(readable_table(table)),
              "C is Harrell's concordance index on the test patients, one landmark each, follow-up cut at the horizon; 0.5 is chance. Intervals are 95 % bootstrap intervals over patients.",
              "## Differences", to_markdown(comparisons.round(4)), "## Patients", to_markdown(cohort.labels.flow.reset_index()),
-             "## Source", to_markdown(cohort_summary(cohort.table).reset_index(names="quantity"))]
+             "## Source", to_markdown(cohort.summary.reset_index(names="quantity"))]
     if cohort.table.notes: parts.append("\n".join(f"- {note}" for note in cohort.table.notes))
     return "\n\n".join(parts) + "\n"
 
@@ -367,7 +365,7 @@ def write_results(
         figure.savefig(folder/"plots"/f"{name}.png", dpi=120)
         plt.close(figure)
 
-# %% ../nbs/18_benchmark.ipynb #214838ac
+# %% ../nbs/18_benchmark.ipynb #7ddb178b
 def _check_out(folder, overwrite):
     "Raise unless `folder` is free, or holds a run that may be replaced. A folder with anything else is never touched."
     if not folder.exists(): return
@@ -375,31 +373,16 @@ def _check_out(folder, overwrite):
     if not overwrite: raise FileExistsError(f"out: {folder} already holds a run. Choose another folder with --out, or replace it with --overwrite.")
 
 
-@contextlib.contextmanager
-def _whole_folder(folder, overwrite):
-    "Yield a folder to write to that becomes `folder` once everything went well; otherwise it disappears."
-    _check_out(folder, overwrite)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-            folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else: partial.rename(folder)
-    finally: shutil.rmtree(partial, ignore_errors=True)
-
-
 def run_benchmark(
     config: BenchmarkConfig, # what to run
     say=print, # called with each line of the account
 ) -> pd.DataFrame: # the table of `results_table`
     "Prepare, fit, judge and write. Raises the errors of each part; no folder is left behind by an error."
+    make_accelerator(config.device)  # an absent device is an error before the data are read
     _check_out(config.folder, config.overwrite)
     cohort = prepare_cohort(config, say)
-    with _whole_folder(config.folder, config.overwrite) as folder:
+    _check_out(config.folder, config.overwrite)  # again, before hours of work
+    with whole_folder(config.folder, replace=config.overwrite) as folder:
         arms = fit_arms(cohort, config, say)
         table, draws = results_table(arms, cohort, config)
         comparisons = compare_arms(table, draws, int(cohort.landmarks["test"].events.sum()))

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ehrseq_benchmark']
 
-# %% ../nbs/19_cli.ipynb #266e74b7
+# %% ../nbs/19_cli.ipynb #7eea96ab
+import os
 import sys
 
 from fastcore.script import call_parse
 
-# %% ../nbs/19_cli.ipynb #70501837
+# %% ../nbs/19_cli.ipynb #3e77044d
 def _one_line(name, job):
     "Run `job`; turn an expected error into one line on stderr and exit status 1."
-    import os
     try: return job()
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("EHRSEQ_TRACEBACK"): raise
@@ -28,7 +28,7 @@ def _one_line(name, job):
         print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/19_cli.ipynb #ffded074
+# %% ../nbs/19_cli.ipynb #0174f2a2
 @call_parse
 def ehrseq_benchmark(
     source: str = None, # file or folder of records (OMOP, Synthea, MEDS, or a CSV event table); a synthetic cohort if absent
@@ -49,9 +49,7 @@ def ehrseq_benchmark(
     "Compare an LSTM, a BEHRT, a Cox model and a visit count on who has the event, and write tables and figures."
     def job():
         from ehr_sequencing.benchmark import BenchmarkConfig, run_benchmark
-        from ehr_sequencing.training import make_accelerator
         config = BenchmarkConfig(source=source, format=format, outcome=outcome, out=out, seed=seed, epochs=epochs, model_size=model_size, device=device, limit=limit,
                                  horizon_years=horizon_years, num_patients=num_patients, max_tokens=max_tokens, min_patients=min_patients, overwrite=overwrite)
-        make_accelerator(device)  # an absent device is an error before the data are read
         run_benchmark(config)
     _one_line("ehrseq_benchmark", job)

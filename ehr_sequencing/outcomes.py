@@ -78,7 +78,7 @@ def feature_exclusions(
         codes |= set(present.filter(present.str.contains(_DEATH_WORDS))) | set(named)
     return sorted(codes)
 
-# %% ../nbs/04_outcomes.ipynb #cbc03f9c
+# %% ../nbs/04_outcomes.ipynb #319c72c8
 @dataclass
 class VisitLabels:
     "Labels of every visit of a store, and of every patient. Make them with `label_visits`."
@@ -89,6 +89,7 @@ class VisitLabels:
     events: np.ndarray # (visits,) bool: the duration ends with the event
     event_times: np.ndarray # (N,) int64: index of the last visit before the event, or of the last visit
     event_indicators: np.ndarray # (N,) bool: event observed after at least one visit
+    n_at_risk: np.ndarray # (N,) int64: how many visits are at risk; they come first
     flow: pd.DataFrame # how many patients were left out, and why
 
 
@@ -115,8 +116,8 @@ def label_visits(
     at_risk = durations > 0
     before = np.add.reduceat(at_risk, store.first_visit[:-1]) if len(store) else np.zeros(0, dtype=int)
     event_times = np.where(has_event, before - 1, store.n_visits - 1)
-    labels = VisitLabels(outcome, horizons, at_risk, durations, has_event[of_visit], event_times, has_event & (before > 0), None)
-    labels.flow = _flow_table(table, store, has_event, before, people["death"].is_not_null().to_numpy())
+    labels = VisitLabels(outcome, horizons, at_risk, durations, has_event[of_visit], event_times, has_event & (before > 0), before,
+                         _flow_table(table, store, has_event, before, people["death"].is_not_null().to_numpy()))
     if not (before > 0).any(): raise ValueError(f"outcome '{outcome.pattern}': no patient is at risk after a visit (the event comes at or before every first visit, or observation ends there).")
     if not labels.event_indicators.any(): raise ValueError(f"outcome '{outcome.pattern}': nobody has the event after a first visit; there is nothing to learn.")
     return labels
@@ -162,10 +163,9 @@ def attach_labels(
               "event_times": np.minimum(times, last), "event_indicators": labels.event_indicators[rows] & (times <= last)}
     return batch | {name: torch.from_numpy(a) for name, a in arrays.items()}
 
-# %% ../nbs/04_outcomes.ipynb #e4d6a641
+# %% ../nbs/04_outcomes.ipynb #23b62de4
 def split_patients(
-    labels: VisitLabels, # of the store
-    store: SequenceStore, # whose patients are split
+    labels: VisitLabels, # of the patients to split
     seed: int = 0, # of the split
     fractions=(0.6, 0.15, 0.25), # training, validation, test
 ) -> dict: # "train", "validation", "test" -> sorted rows of the store
@@ -173,7 +173,7 @@ def split_patients(
 
     Raises `ValueError` if a part would have no patient with the event or none without."""
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9: raise ValueError(f"fractions: expected three positive numbers that add up to 1, got {fractions}")
-    analysed = np.flatnonzero(np.add.reduceat(labels.at_risk, store.first_visit[:-1]) > 0)
+    analysed = np.flatnonzero(labels.n_at_risk)
     generator, parts = np.random.default_rng(seed), {"train": [], "validation": [], "test": []}
     for has_event in (True, False):
         group = generator.permutation(analysed[labels.event_indicators[analysed] == has_event])
@@ -185,7 +185,7 @@ def split_patients(
         for name, piece in zip(parts, pieces): parts[name].append(piece)
     return {name: np.sort(np.concatenate(pieces)) for name, pieces in parts.items()}
 
-# %% ../nbs/04_outcomes.ipynb #a29cc4d1
+# %% ../nbs/04_outcomes.ipynb #eb8232cf
 @dataclass
 class Landmarks:
     "Moments of prediction with what came after."
@@ -207,7 +207,7 @@ def draw_landmarks(
     "Draw visits at risk uniformly within each patient. Raises `ValueError` for a patient who never is at risk."
     generator, chosen = np.random.default_rng([seed, 7]), []
     for row in np.sort(np.asarray(rows)):
-        n = int(labels.at_risk[store.first_visit[row]:store.first_visit[row + 1]].sum())  # the visits at risk come first
+        n = int(labels.n_at_risk[row])
         if n == 0: raise ValueError(f"rows: the patient in row {row} is never at risk; use the rows of `split_patients`")
         chosen += [(row, v) for v in np.sort(generator.choice(n, min(per_patient, n), replace=False))]
     rows, visits = np.array(chosen).T

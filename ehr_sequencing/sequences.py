@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'PAD', 'UNK', 'MASK', 'CLS', 'SEP', 'SCHEMA_VERSION', 'Vocabulary', 'fit_value_edges',
-           'fit_vocabulary', 'SequenceStore', 'build_store', 'save_store', 'load_sequences', 'windows', 'make_batch',
-           'BatchLoader']
+           'fit_vocabulary', 'SequenceStore', 'build_store', 'whole_folder', 'save_store', 'load_sequences', 'windows',
+           'make_batch', 'BatchLoader']
 
-# %% ../nbs/02_sequences.ipynb #a20067a9
+# %% ../nbs/02_sequences.ipynb #576ac81a
+import contextlib
 import json
 import os
 import shutil
@@ -108,7 +109,7 @@ def fit_vocabulary(
                          "Lower min_patients or use more patients.")
     return Vocabulary([*SPECIAL_TOKENS, *counted["token"]], edges, sorted(exclude))
 
-# %% ../nbs/02_sequences.ipynb #c6c51af2
+# %% ../nbs/02_sequences.ipynb #2f574950
 _STORE_SCHEMA = pa.schema([("subject_id", pa.int64()), ("birth", pa.timestamp("us")), ("static_codes", pa.list_(pa.int32())), ("codes", pa.list_(pa.int32())),
     ("visit_offsets", pa.list_(pa.int32())), ("visit_starts", pa.list_(pa.timestamp("us"))), ("visit_known", pa.list_(pa.timestamp("us")))])
 SCHEMA_VERSION = 1
@@ -129,7 +130,7 @@ def _store_table(table, vocabulary, deduplicate):
     bare = visits.select("subject_id", "visit_index").join(tokens, on=["subject_id", "visit_index"], how="anti").with_columns(id=pl.lit(UNK, pl.Int32))
     tokens = pl.concat([tokens, bare]).sort("subject_id", "visit_index", maintain_order=True)  # a visit of excluded codes alone is an unknown visit
     lengths = tokens.group_by("subject_id", "visit_index").len()
-    visits = visits.join(lengths, on=["subject_id", "visit_index"], how="left").with_columns(pl.col("len").fill_null(0)).sort("subject_id", "visit_index")
+    visits = visits.join(lengths, on=["subject_id", "visit_index"], how="left").sort("subject_id", "visit_index")
     visits = visits.with_columns(offset=(pl.col("len").cum_sum().over("subject_id") - pl.col("len")).cast(pl.Int32))
     per_patient = visits.group_by("subject_id", maintain_order=True).agg(visit_offsets="offset", visit_starts="start", visit_known="known")
     codes = tokens.group_by("subject_id", maintain_order=True).agg(codes="id")
@@ -137,10 +138,10 @@ def _store_table(table, vocabulary, deduplicate):
     static = static.group_by("subject_id", maintain_order=True).agg(static_codes="id")
     born = follow_up(table.events).select("subject_id", "birth")
     frame = per_patient.join(codes, on="subject_id", how="left").join(static, on="subject_id", how="left").join(born, on="subject_id", how="left")
-    frame = frame.with_columns(pl.col("codes", "static_codes").fill_null([])).sort("subject_id")
+    frame = frame.with_columns(pl.col("static_codes").fill_null([])).sort("subject_id")
     return frame.select(_STORE_SCHEMA.names).to_arrow().cast(_STORE_SCHEMA).combine_chunks()
 
-# %% ../nbs/02_sequences.ipynb #2983e22c
+# %% ../nbs/02_sequences.ipynb #a45082b0
 def _flat(table, column):
     "Values and offsets (one more than rows) of a list column, without a copy."
     array = table.column(column)
@@ -156,7 +157,7 @@ class SequenceStore:
     Arrays over all rows: `first_visit` (N+1,) where each row's visits begin among all visits; `token_offsets` (visits+1,) where
     each visit's tokens begin; `tokens`; `visit_starts`, `visit_known` (visits,) datetime64[us]; `births` (N,), NaT if unknown."""
     def __init__(self,
-        table: pa.Table, # columns as `from_events` makes them
+        table: pa.Table, # columns as `build_store` makes them
         vocabulary: Vocabulary, # of the token ids
         meta: dict | None = None, # provenance and counts
     ):
@@ -180,7 +181,7 @@ class SequenceStore:
         visits = range(self.first_visit[row], self.first_visit[row + 1])
         return [(self.visit_starts[v], self.vocabulary.decode(self.tokens[self.token_offsets[v]:self.token_offsets[v + 1]])) for v in visits]
 
-# %% ../nbs/02_sequences.ipynb #5e294ac8
+# %% ../nbs/02_sequences.ipynb #1a0ae02e
 def build_store(
     table: EventTable, # events with provenance
     vocabulary: Vocabulary, # fitted on the training patients
@@ -196,22 +197,34 @@ def build_store(
     return store
 
 
+@contextlib.contextmanager
+def whole_folder(
+    path, # folder to appear
+    replace: bool = False, # replace an existing folder, once the new one is whole
+): # yields a folder to write to
+    "A folder that appears whole or not at all: an error in the block leaves nothing, and an existing folder as it was. Raises `FileExistsError`."
+    path = Path(path)
+    if path.exists() and not replace: raise FileExistsError(f"{path}: already exists. Remove it or choose another folder.")
+    partial, old = (path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists(): path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally: shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_store(
     store: SequenceStore, # what to write
     path, # new folder
 ):
     "Write `sequences.arrow`, `vocabulary.json` and `meta.json`; the folder appears whole or not at all. Raises `FileExistsError`."
-    path = Path(path)
-    if path.exists(): raise FileExistsError(f"{path}: already exists. Remove it or choose another folder.")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        with pa.OSFile(str(partial/"sequences.arrow"), "wb") as sink, pa.ipc.new_file(sink, store.table.schema) as writer:
+    with whole_folder(path) as folder:
+        with pa.OSFile(str(folder/"sequences.arrow"), "wb") as sink, pa.ipc.new_file(sink, store.table.schema) as writer:
             writer.write_table(store.table, max_chunksize=max(1, len(store)))
-        (partial/"vocabulary.json").write_text(store.vocabulary.to_json(), encoding="utf-8")
-        (partial/"meta.json").write_text(json.dumps(store.meta, indent=1), encoding="utf-8")
-        partial.rename(path)
-    finally: shutil.rmtree(partial, ignore_errors=True)
+        (folder/"vocabulary.json").write_text(store.vocabulary.to_json(), encoding="utf-8")
+        (folder/"meta.json").write_text(json.dumps(store.meta, indent=1), encoding="utf-8")
 
 
 def load_sequences(

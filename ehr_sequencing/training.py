@@ -6,7 +6,7 @@
 __all__ = ['learning_rate_factor', 'parameter_groups', 'make_accelerator', 'Progress', 'to_device', 'gather_batches', 'mean_loss',
            'train_step', 'Trainer', 'plot_losses']
 
-# %% ../nbs/16_training.ipynb #93c66ecb
+# %% ../nbs/16_training.ipynb #e9215495
 import math
 import sys
 import time
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from .metrics import COLORS
 from .sequences import BatchLoader
 from .survival import SurvivalModel, survival_loss
 
@@ -196,7 +197,7 @@ class Trainer:
         self.model.eval()
         return self.history
 
-# %% ../nbs/16_training.ipynb #d2b5c79e
+# %% ../nbs/16_training.ipynb #ce038af5
 def plot_losses(
     histories: dict, # model name -> what `Trainer.fit` returned
     ax=None, # matplotlib axes; new ones if None
@@ -204,7 +205,7 @@ def plot_losses(
     "Training (dotted) and validation (solid) loss of each model, with the epoch that was kept."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
-    for (name, history), color in zip(histories.items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")):
+    for (name, history), color in zip(histories.items(), (COLORS[0], *COLORS[2:], COLORS[1])):
         epochs, validation = [r["epoch"] + 1 for r in history], [r["validation_loss"] for r in history]
         ax.plot(epochs, [r["train_loss"] for r in history], ls=":", color=color, label=f"{name}, training")
         ax.plot(epochs, validation, color=color, marker=".", label=f"{name}, validation")

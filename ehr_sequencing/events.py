@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'BIRTH', 'DEATH', 'OBSERVATION_END', 'VISIT_END', 'STRUCTURAL_CODES', 'column_list', 'event_table',
-           'EventTable', 'set_aside_impossible', 'visit_table', 'assign_visits', 'plot_timeline', 'follow_up',
-           'cohort_summary', 'sample_patients']
+           'sort_events', 'EventTable', 'set_aside_impossible', 'visit_table', 'assign_visits', 'plot_timeline',
+           'follow_up', 'cohort_summary', 'sample_patients']
 
 # %% ../nbs/00_events.ipynb #87f32f9f
 import datetime
@@ -56,10 +56,11 @@ def _check_column_type(frame, column, where):
     if not expected[column]:
         raise TypeError(f"{where}: column '{column}' is {dtype}, expected {SCHEMA[column]}. Convert it first, or use `read_table`.")
 
-# %% ../nbs/00_events.ipynb #9329dab3
+# %% ../nbs/00_events.ipynb #7ffb78ed
 def event_table(
     frame, # polars, pandas or Arrow table with at least `subject_id`, `time`, `code`
     where: str = "event table", # how to call the table in error messages
+    sort: bool = True, # False leaves the rows in their order: for pieces of a table that is sorted later
 ) -> pl.DataFrame: # columns of `SCHEMA`, sorted by subject, time (null first) and code
     """Check `frame` and bring it into the form of an event table.
 
@@ -82,9 +83,16 @@ def event_table(
     absent = [pl.lit(None, SCHEMA[c]).alias(c) for c in SCHEMA if c not in frame.columns]
     frame = frame.with_columns(absent).select([pl.col(c).cast(t) for c, t in SCHEMA.items()])
     frame = frame.with_columns(pl.col("numeric_value").fill_nan(None))
-    return frame.sort("subject_id", "time", "code", "visit_id", "numeric_value", nulls_last=False)
+    return sort_events(frame) if sort else frame
 
-# %% ../nbs/00_events.ipynb #26b97fdd
+
+def sort_events(
+    events: pl.DataFrame, # columns of `SCHEMA`
+) -> pl.DataFrame: # the same rows
+    "The canonical order: subject, time (null first), code, visit, value. Equal records in any order become equal tables."
+    return events.sort("subject_id", "time", "code", "visit_id", "numeric_value", nulls_last=False)
+
+# %% ../nbs/00_events.ipynb #0fd3d755
 @dataclass
 class EventTable:
     "An event table with its provenance: names of codes, rows read, and what was set aside and why."
@@ -94,6 +102,7 @@ class EventTable:
     rows_read: dict = field(default_factory=dict) # table or file -> number of rows in it
     set_aside: dict = field(default_factory=dict) # reason -> number of rows not used
     notes: list = field(default_factory=list) # sentences that explain differences in the counts
+    splits: pl.DataFrame | None = None # subject_id and split, where the source comes with one
     source: str = "" # name of the file or folder
     format: str = "" # "omop", "synthea", "meds", "table" or "synthetic"
 
@@ -106,18 +115,21 @@ class EventTable:
         "The display name of a code."
         return self.names.get(code, code)
 
-# %% ../nbs/00_events.ipynb #923abf3d
+# %% ../nbs/00_events.ipynb #b42c8c84
 def _keep_first(events, code):
     "Keep the first row of `code` for each subject; also the number of rows removed."
-    is_code = pl.col("code") == code
-    repeated = is_code & (pl.col("time").rank("ordinal").over("subject_id", "code") > 1)
-    kept = events.filter(~repeated.fill_null(False))
-    return kept, len(events) - len(kept)
+    rows = events.with_row_index("_row").filter(pl.col("code") == code).select("_row", "subject_id", "time").sort("subject_id", "time", "_row", nulls_last=True)
+    repeated = rows.filter(~pl.col("subject_id").is_first_distinct())["_row"]
+    if not len(repeated): return events, 0
+    keep = np.ones(len(events), dtype=bool)
+    keep[repeated.to_numpy()] = False
+    return events.filter(keep), len(repeated)
 
 
-def _days_of(events, code, name):
-    "One row a subject: the calendar day of `code`."
-    return events.filter((pl.col("code") == code) & pl.col("time").is_not_null()).select("subject_id", pl.col("time").dt.date().alias(name))
+def _day_at(events, code):
+    "The calendar day of each subject's `code`, one value a row of `events`; null where there is none."
+    days = events.filter((pl.col("code") == code) & pl.col("time").is_not_null()).select("subject_id", day=pl.col("time").dt.date())
+    return events.select("subject_id").join(days, on="subject_id", how="left", maintain_order="left")["day"]
 
 
 def set_aside_impossible(
@@ -127,16 +139,16 @@ def set_aside_impossible(
     counts = {}
     for code, word in ((BIRTH, "birth"), (DEATH, "death")):
         events, counts[f"repeated {word} record"] = _keep_first(events, code)
-    joined = (events.join(_days_of(events, BIRTH, "birth"), on="subject_id", how="left")
-                    .join(_days_of(events, DEATH, "death"), on="subject_id", how="left"))
-    day, structural = pl.col("time").dt.date(), pl.col("code").is_in(STRUCTURAL_CODES)
-    dead_before_born = (pl.col("death") < pl.col("birth")).fill_null(False)
+    days = events.select(day=pl.col("time").dt.date(), code="code").with_columns(_day_at(events, BIRTH).alias("birth"), _day_at(events, DEATH).alias("death"))
+    day, structural = pl.col("day"), pl.col("code").is_in(STRUCTURAL_CODES)
+    dead_before_born = pl.col("death") < pl.col("birth")
     rules = {"death before birth": (pl.col("code") == DEATH) & dead_before_born,
-             "event before birth": ((day < pl.col("birth")) & ~structural).fill_null(False),
-             "event after death": ((day > pl.col("death")) & ~structural & ~dead_before_born).fill_null(False)}
-    for reason, rule in rules.items(): counts[reason] = int(joined.select(rule.sum()).item())
-    bad = pl.any_horizontal(*rules.values())
-    return joined.filter(~bad).select(list(SCHEMA)), {k: v for k, v in counts.items() if v}
+             "event before birth": (day < pl.col("birth")) & ~structural,
+             "event after death": (day > pl.col("death")) & ~structural & ~dead_before_born.fill_null(False)}
+    found = days.select(rule.fill_null(False).alias(reason) for reason, rule in rules.items())
+    counts |= {reason: int(found[reason].sum()) for reason in rules}
+    if any(counts[reason] for reason in rules): events = events.filter(~found.select(pl.any_horizontal(pl.all())).to_series())
+    return events, {k: v for k, v in counts.items() if v}
 
 # %% ../nbs/00_events.ipynb #71a46839
 _NO_DAY = datetime.date(1, 1, 1)

@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #367ddd05
+# %% ../nbs/18_benchmark.ipynb #b33ba90d
 import dataclasses
 import json
 import platform
@@ -29,8 +29,10 @@ from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import bootstrap_concordance, concordance_index, interval, plot_risk_groups
 from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
                                      split_patients)
+from .batches import BatchLoader
+from .jobs import whole_folder
 from .readers import read_events
-from .sequences import SPECIAL_TOKENS, BatchLoader, SequenceStore, Vocabulary, build_store, fit_vocabulary, whole_folder
+from .sequences import SPECIAL_TOKENS, SequenceStore, Vocabulary, build_store, fit_vocabulary
 from .survival import BEHRTForSurvival, SurvivalModel
 from .synthetic import OUTCOME_CODE, SyntheticCohort, oracle_risk, simulate_cohort
 from .training import Trainer, make_accelerator, plot_losses, to_device

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'PAD', 'UNK', 'MASK', 'CLS', 'SEP', 'SCHEMA_VERSION', 'SPLITS', 'roll_up_code', 'is_excluded',
            'Records', 'index_records', 'count_values', 'add_counts', 'fit_value_edges', 'Vocabulary', 'count_tokens',
-           'make_vocabulary', 'fit_vocabulary', 'tokenize_records', 'write_sequences', 'StoreArrays', 'SequenceStore',
-           'load_sequences', 'write_store', 'draw_splits', 'known_splits', 'build_store', 'describe_store',
-           'plot_store']
+           'make_vocabulary', 'fit_vocabulary', 'tokenize_records', 'take_rows', 'write_sequences', 'StoreArrays',
+           'SequenceStore', 'load_sequences', 'write_store', 'draw_splits', 'known_splits', 'build_store',
+           'describe_store', 'plot_store']
 
 # %% ../nbs/02_sequences.ipynb #4e8d9887
 import json
@@ -252,7 +252,7 @@ class Vocabulary:
         "Read what `to_json` wrote."
         return cls(**json.loads(text))
 
-# %% ../nbs/02_sequences.ipynb #adee32b2
+# %% ../nbs/02_sequences.ipynb #00b2103f
 def count_tokens(
     records: Records, # a shard
     training: np.ndarray, # (N,) bool, which patients are training patients
@@ -299,7 +299,7 @@ def fit_vocabulary(
     records = index_records(events, exclude, roll_up)
     everybody = np.ones(len(records), dtype=bool)
     edges = fit_value_edges(count_values(records, everybody), n_value_bins, min_patients)
-    return make_vocabulary(count_tokens(records, everybody, edges), edges, min_patients, exclude, roll_up, names)
+    return make_vocabulary(add_counts([count_tokens(records, everybody, edges)]), edges, min_patients, exclude, roll_up, names)
 
 # %% ../nbs/02_sequences.ipynb #a91ee2b3
 _STORE_SCHEMA = pa.schema([("subject_id", pa.int64()), ("split", pa.int8()), ("birth", pa.timestamp("us")), ("death", pa.timestamp("us")), ("observation_end", pa.timestamp("us")),
@@ -349,7 +349,7 @@ def tokenize_records(
     scalars = [records.subject_ids, splits.astype(np.int8), records.births, records.deaths, records.observation_ends]
     return pa.table([*map(pa.array, scalars), *(_list_array(c, *lists[c]) for c in _STORE_SCHEMA.names[5:])], schema=_STORE_SCHEMA)
 
-# %% ../nbs/02_sequences.ipynb #b49dd5f5
+# %% ../nbs/02_sequences.ipynb #08a11d7c
 def _flat(table, column):
     "Values and offsets (one more than rows) of a list column, without a copy."
     array = table.column(column)
@@ -367,7 +367,7 @@ def _take_lists(values, offsets, rows):
     return values[np.arange(begin[-1]) + np.repeat(offsets[:-1][rows] - begin[:-1], lengths)], begin
 
 
-def _take_rows(table, rows):
+def take_rows(table, rows):
     "The chosen rows of a store's table, in their order."
     scalars = [table.column(c).take(pa.array(rows)).combine_chunks() for c in _STORE_SCHEMA.names[:5]]
     return pa.table([*scalars, *(_list_array(c, *_take_lists(*_flat(table, c), rows)) for c in _STORE_SCHEMA.names[5:])], schema=_STORE_SCHEMA)
@@ -431,7 +431,7 @@ class StoreArrays:
         "Number of visits of each patient."
         return np.diff(self.first_visit)
 
-# %% ../nbs/02_sequences.ipynb #4bcff39d
+# %% ../nbs/02_sequences.ipynb #f9748444
 class SequenceStore(StoreArrays):
     "Token sequences of patients, one row each, with the boundaries and times of their visits. Made by `build_store` or `ehrseq_prepare`, opened by `load_sequences`."
     def __getitem__(self, row): # int -> for each visit its start and token names; slice -> SequenceStore
@@ -452,7 +452,7 @@ class SequenceStore(StoreArrays):
         rows, # positions in this store, in any order
     ): # -> SequenceStore in memory
         "A store of the chosen rows."
-        part = SequenceStore(_take_rows(self.table, np.asarray(rows, dtype=np.int64)), self.vocabulary)
+        part = SequenceStore(take_rows(self.table, np.asarray(rows, dtype=np.int64)), self.vocabulary)
         part.meta = self.meta | _counts(part)
         return part
 

@@ -20,7 +20,7 @@ def render():
         shown.append(cell)
     notebook.cells = shown
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"\]\((\d\d_\w+\.ipynb)\)", r"](nbs/\1)", text)  # chapters lie in nbs/
+    text = re.sub(r"\]\(((?:tutorials/)?\d\d\w*\.ipynb)\)", r"](nbs/\1)", text)  # chapters and tutorials lie in nbs/
     text = "\n".join(line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #d1b26c76
+# %% ../nbs/02c_prepare.ipynb #49aaec7d
 import dataclasses
 import json
+import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from .databases import is_url
 from .events import set_aside_impossible, sort_events
+from .files import scan_file
 from .jobs import whole_file, workers
 from .readers import meds_frame, meds_shards, meds_splits, open_events
-from .tables import is_url, mask_url, scan_file
 from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
                                       fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
 
-# %% ../nbs/02c_prepare.ipynb #504708ff
+# %% ../nbs/02c_prepare.ipynb #edf48e83
 @dataclass
 class PrepareConfig:
     "What to read and how to turn it into tokens."
@@ -57,7 +59,7 @@ class PrepareConfig:
         "What the result depends on; a password in a URL is left out."
         machine = ("store", "n_shards", "n_jobs", "cluster", "overwrite")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in machine}
-        values["source"] = mask_url(self.source) if is_url(self.source) else str(Path(self.source).resolve())
+        values["source"] = re.sub("//.*@", "//", self.source) if is_url(self.source) else str(Path(self.source).resolve())
         return json.loads(json.dumps(values))
 
 # %% ../nbs/02c_prepare.ipynb #35d69701

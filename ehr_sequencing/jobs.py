@@ -71,7 +71,7 @@ class Progress:
         "Finish the bar."
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/00a_jobs.ipynb #3e315f78
+# %% ../nbs/00a_jobs.ipynb #e270f298
 @contextlib.contextmanager
 def _backend(n_jobs, cluster):
     "The joblib backend: processes here, or the workers of a Dask cluster."
@@ -105,7 +105,7 @@ def workers(
 
     def run(function, items, label="", show=False):
         items, progress = list(items), None
-        if items: progress = Progress(len(items), label, show)
+        if items: progress = Progress(len(items), label, show, lines=4)
         if len(items) <= 1 or (n_jobs == 1 and cluster is None): results = map(function, items)
         else: results = joblib.Parallel(return_as="generator_unordered")(joblib.delayed(function)(item) for item in items)
         for result in results:

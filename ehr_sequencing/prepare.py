@@ -109,12 +109,11 @@ def _shared_patients(files):
     ids = pl.concat([pl.scan_parquet(f).select(pl.col("^(subject_id|patient_id)$").cast(pl.Int64).alias("id").unique()) for f in files]).collect()["id"]
     return len(ids) - ids.n_unique()
 
-# %% ../nbs/02c_prepare.ipynb #7c985994
-def _gather(config, work, say):
+# %% ../nbs/02c_prepare.ipynb #4ac56f43
+def _gather(config, source, work, say):
     "The shards as a list of files, and what is known about the source. Deals the events out if they do not come in shards."
     done = work/"gathered.json"
     if done.exists(): return json.loads(done.read_text(encoding="utf-8"))
-    source = open_events(config.source, config.format, config.schema)
     say(f"{source.name}: reading as {source.format}.")
     files = meds_shards(config.source) if source.format == "meds" else []
     large = any(pa.parquet.read_metadata(f).num_rows > _LARGE_FILE for f in files)
@@ -201,18 +200,18 @@ def _ordered_blocks(files, block_rows=16384):
         pieces = [take_rows(tables[k], row[block][by_file][owner[block][by_file] == k]) for k in np.unique(owner[block])]
         yield take_rows(pa.concat_tables(pieces).combine_chunks(), np.argsort(by_file, kind="stable"))
 
-# %% ../nbs/02c_prepare.ipynb #04f8b9bb
+# %% ../nbs/02c_prepare.ipynb #f42ff8c5
 def _begin(config):
-    "The folder of work, empty or from an earlier call with the same settings. Raises `FileExistsError`, `ValueError`."
+    "The folder of work, empty or from an earlier call with the same settings, and the source. Raises `FileExistsError`, `ValueError`, and the readers' errors before anything is written."
     store = Path(config.store)
     work = store.with_name(store.name + ".partial")
     if store.exists() and not config.overwrite: raise FileExistsError(f"{store}: already exists. Choose another folder, or give --overwrite.")
     if store.exists() and not (store/"sequences.arrow").is_file(): raise FileExistsError(f"{store}: is no sequence store, so it is not replaced. Choose another folder.")
-    plan = config.settings() | {"stamp": _stamp(config.source)}
+    source, plan = open_events(config.source, config.format, config.schema), config.settings() | {"stamp": _stamp(config.source)}
     if (work/"plan.json").exists():
         begun = json.loads((work/"plan.json").read_text(encoding="utf-8"))
         differs = [name for name in plan if begun.get(name) != plan[name]]
-        if not differs: return work
+        if not differs: return work, source
         if not config.overwrite:
             raise ValueError(f"{work}: holds a preparation that was begun with {'other files in the source' if differs == ['stamp'] else 'another ' + ', '.join(differs)}. "
                              "Repeat its settings to go on with it, or give --overwrite to start anew.")
@@ -220,7 +219,7 @@ def _begin(config):
     shutil.rmtree(work, ignore_errors=True)
     for step in ("records", "values", "tokens", "rows"): (work/step).mkdir(parents=True)
     with whole_file(work/"plan.json") as partial: partial.write_text(json.dumps(plan), encoding="utf-8")
-    return work
+    return work, source
 
 
 def _stamp(source):
@@ -262,17 +261,11 @@ def _account(gathered, jobs):
     return {"source": gathered["name"], "format": gathered["format"], "rows_read": rows_read, "set_aside": set_aside, "notes": gathered["notes"],
             "patients_without_visit": total["patients"] - total["with_visits"], "events": total["events"]}
 
-# %% ../nbs/02c_prepare.ipynb #c93d5614
-def prepare_store(
-    config: PrepareConfig, # what to read and how
-    say=print, # called with each line of the account
-) -> SequenceStore: # opened from where it was written
-    """Turn a source into a sequence store on disk. A call after a kill goes on with what is missing.
-
-    Raises the readers' errors, `FileExistsError` if the store is there, `ValueError` for a preparation begun with other settings, `ConnectionError` if the cluster does not answer."""
-    work = _begin(config)
+# %% ../nbs/02c_prepare.ipynb #746596e1
+def _fill_store(config, source, work, say):
+    "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
-        gathered = _gather(config, work, say)
+        gathered = _gather(config, source, work, say)
         jobs, show = _jobs(config, gathered, work), say is print
         for _ in run(_index_shard, jobs, "reading", show): pass
         origin = _set_splits(config, gathered, jobs)
@@ -288,7 +281,21 @@ def prepare_store(
     meta = {"schema_version": SCHEMA_VERSION} | _account(gathered, jobs) | {"split": origin, "options": options}
     (work/"store").mkdir(exist_ok=True)
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)
-    return _publish(config, work)
+    return work
+
+# %% ../nbs/02c_prepare.ipynb #a9782899
+def prepare_store(
+    config: PrepareConfig, # what to read and how
+    say=print, # called with each line of the account
+) -> SequenceStore: # opened from where it was written
+    """Turn a source into a sequence store on disk. A call after a kill goes on with what is missing.
+
+    Raises the readers' errors, `FileExistsError` if the store is there, `ValueError` for a preparation begun with other settings, `ConnectionError` if the cluster does not answer."""
+    work, source = _begin(config)
+    try: return _publish(config, _fill_store(config, source, work, say))
+    except (ValueError, TypeError):  # the source or the settings are at fault, so what was done is of no use later; after any other end it is
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _publish(config, work):

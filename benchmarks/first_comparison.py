@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 from ehr_sequencing.benchmark import BenchmarkConfig, run_benchmark
-from ehr_sequencing.readers import eunomia_path
+from ehr_sequencing.omop import eunomia_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1  # defaults of the networks were chosen while looking at seed 0 of the synthetic cohort and of Eunomia

@@ -28,7 +28,7 @@ def _one_line(name, job):
         print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/19_cli.ipynb #ec073107
+# %% ../nbs/19_cli.ipynb #a5e461c4
 @call_parse
 def ehrseq_prepare(
     source: str, # file, folder or database URL: OMOP, Synthea, MEDS or an event table
@@ -39,7 +39,7 @@ def ehrseq_prepare(
     n_value_bins: int = 10, # quantile bins for codes with values
     exclude: str = "", # codes, or beginnings with *, that never become tokens; separated by ';'
     roll_up: str = "", # icd3, atc1 to atc5, separated by commas
-    roll_up_map: str = None, # CSV file with columns code and parent, applied before --roll_up
+    roll_up_map: str = None, # CSV file with columns code and parent (and name, of the parent), applied before --roll_up
     keep_repeats: bool = False, # keep a code as often as it is recorded in a visit
     train_fraction: float = 0.6, # of the patients, where the source has no split
     tuning_fraction: float = 0.15, # of the patients; the rest is held out
@@ -52,9 +52,9 @@ def ehrseq_prepare(
     "Turn records into a sequence store: patients' visits as tokens, memory-mapped."
     def job():
         from ehr_sequencing.prepare import PrepareConfig, prepare_store, read_roll_up_map
-        rules = [read_roll_up_map(roll_up_map)] if roll_up_map else []
+        parents, names = read_roll_up_map(roll_up_map) if roll_up_map else ({}, {})
         config = PrepareConfig(source=source, store=store, format=format, schema=schema, min_patients=min_patients, n_value_bins=n_value_bins,
-            exclude=tuple(c.strip() for c in exclude.split(";") if c.strip()), roll_up=tuple(rules + [r.strip() for r in roll_up.split(",") if r.strip()]),
+            exclude=tuple(c.strip() for c in exclude.split(";") if c.strip()), roll_up=tuple([parents] * bool(parents) + [r.strip() for r in roll_up.split(",") if r.strip()]), names=names,
             deduplicate=not keep_repeats, fractions=(train_fraction, tuning_fraction, 1 - train_fraction - tuning_fraction), seed=seed,
             n_shards=n_shards, n_jobs=n_jobs, cluster=cluster, overwrite=overwrite)
         made = prepare_store(config)

@@ -28,7 +28,7 @@ from .readers import meds_frame, meds_shards, meds_splits, open_events
 from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
                                       fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
 
-# %% ../nbs/02c_prepare.ipynb #edf48e83
+# %% ../nbs/02c_prepare.ipynb #139a1c0d
 @dataclass
 class PrepareConfig:
     "What to read and how to turn it into tokens."
@@ -40,6 +40,7 @@ class PrepareConfig:
     n_value_bins: int = 10 # quantile bins for codes with values
     exclude: tuple = () # codes, or beginnings that end in `*`, that never become tokens
     roll_up: tuple = () # rules of `roll_up_code`
+    names: dict = dataclasses.field(default_factory=dict) # code -> name for display, beside those that the source has
     deduplicate: bool = True # keep a token once a visit
     fractions: tuple = (0.6, 0.15, 0.25) # of training, tuning and held-out patients, where the source has no split
     seed: int = 0 # of that split
@@ -62,20 +63,21 @@ class PrepareConfig:
         values["source"] = re.sub("//.*@", "//", self.source) if is_url(self.source) else str(Path(self.source).resolve())
         return json.loads(json.dumps(values))
 
-# %% ../nbs/02c_prepare.ipynb #35d69701
+# %% ../nbs/02c_prepare.ipynb #8a50950c
 def read_roll_up_map(
-    path, # CSV file with columns `code` and `parent`
-) -> dict: # code -> parent
+    path, # CSV file with columns `code` and `parent`, and perhaps `name` (of the parent)
+) -> tuple: # code -> parent; parent -> name
     "A roll-up of your own. Raises `FileNotFoundError`, or `ValueError` naming the file and the first code with two parents."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file. Give a CSV file with columns code and parent.")
     frame = scan_file(path)
     missing = [c for c in ("code", "parent") if c not in frame.columns]
     if missing: raise ValueError(f"{path.name}: no column {', '.join(missing)}; expected code and parent.")
+    names = dict(frame.select("parent", "name").drop_nulls().iter_rows()) if "name" in frame.columns else {}
     frame = frame.select("code", "parent").drop_nulls().unique(maintain_order=True)
     twice = frame["code"].is_duplicated()
     if twice.any(): raise ValueError(f"{path.name}: code {frame['code'][twice.arg_max()]} has more than one parent. Each code needs one.")
-    return dict(frame.iter_rows())
+    return dict(frame.iter_rows()), names
 
 # %% ../nbs/02c_prepare.ipynb #67586f24
 _EVENTS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us")), ("code", pa.large_string()), ("numeric_value", pa.float32()), ("visit_id", pa.int64())])
@@ -261,7 +263,7 @@ def _account(gathered, jobs):
     return {"source": gathered["name"], "format": gathered["format"], "rows_read": rows_read, "set_aside": set_aside, "notes": gathered["notes"],
             "patients_without_visit": total["patients"] - total["with_visits"], "events": total["events"]}
 
-# %% ../nbs/02c_prepare.ipynb #746596e1
+# %% ../nbs/02c_prepare.ipynb #305e39f8
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
@@ -274,10 +276,10 @@ def _fill_store(config, source, work, say):
         with whole_file(work/"edges.json") as partial: partial.write_text(json.dumps(edges), encoding="utf-8")
         for _ in run(_tokens_of_shard, jobs, "counting tokens", show): pass
         counts = add_counts(pl.read_parquet(work/"tokens"/f"{j['name']}.parquet") for j in jobs)
-        vocabulary = make_vocabulary(counts, edges, config.min_patients, config.exclude, config.roll_up, gathered["names"])
+        vocabulary = make_vocabulary(counts, edges, config.min_patients, config.exclude, config.roll_up, gathered["names"] | config.names)
         with whole_file(work/"vocabulary.json") as partial: partial.write_text(vocabulary.to_json(), encoding="utf-8")
         for _ in run(_tokenize_shard, jobs, "tokenising", show): pass
-    options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema")}
+    options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema", "names")}
     meta = {"schema_version": SCHEMA_VERSION} | _account(gathered, jobs) | {"split": origin, "options": options}
     (work/"store").mkdir(exist_ok=True)
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)

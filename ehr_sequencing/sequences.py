@@ -571,7 +571,7 @@ def build_store(
         "deduplicate": deduplicate, "rows_read": table.rows_read, "set_aside": table.set_aside, "notes": table.notes} | _counts(store)
     return store
 
-# %% ../nbs/02_sequences.ipynb #afa15cbc
+# %% ../nbs/02_sequences.ipynb #6845ef4c
 _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
@@ -608,9 +608,10 @@ def plot_store(
     for ax, name in zip(axes, ("visits per patient", "codes per visit", "days between visits", "years from first to last visit")):
         ax.set(title=name)
         if not len(drawn[name]): ax.set(xticks=[]); continue
-        values, low = np.quantile(drawn[name], levels), 0.5 if "days" in name else 0.01 if "years" in name else 1  # zeros are drawn at `low`
-        ax.step(np.maximum(values, low), 100 * levels, where="post", color="C0")
-        ax.axvline(max(values[200], low), color="black", lw=1, ls="--")
-        ax.set(xscale="log", ylim=(0, 102))
+        low = 0 if "years" in name else 0.5 if "days" in name else 1  # on a logarithmic scale zeros are drawn at `low`
+        values = np.maximum(np.quantile(drawn[name], levels), low)
+        ax.step(values, 100 * levels, where="post", color="C0")
+        ax.axvline(values[200], color="black", lw=1, ls="--")
+        ax.set(xscale="log" if low else "linear", ylim=(0, 102))
     axes[0].set(ylabel="at most this, %")
     return axes

@@ -15,7 +15,7 @@ import pytest
 from conftest import data_folder
 
 from ehr_sequencing.prepare import PrepareConfig, prepare_store
-from ehr_sequencing.readers import eunomia_path
+from ehr_sequencing.omop import eunomia_path
 from ehr_sequencing.sequences import load_sequences
 
 COMMAND = Path(sys.executable).parent / "ehrseq_prepare"

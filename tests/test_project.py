@@ -8,6 +8,8 @@ import sys
 from conftest import ROOT
 
 CHAPTERS = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+NOTEBOOKS = [*CHAPTERS, ROOT / "nbs" / "index.ipynb", *TUTORIALS]
 
 
 def cells(path):
@@ -44,7 +46,7 @@ def test_chapters_import_only_from_chapters_above():
 
 
 def test_notebooks_have_outputs_and_no_errors():
-    for path in [*CHAPTERS, ROOT / "nbs" / "index.ipynb"]:
+    for path in NOTEBOOKS:
         code = [c for c in cells(path) if c["cell_type"] == "code"]
         assert any(c["outputs"] for c in code), f"{path.name} has no stored output"
         for c in code:
@@ -53,14 +55,14 @@ def test_notebooks_have_outputs_and_no_errors():
 
 def test_every_chapter_is_in_the_sidebar_and_the_index():
     sidebar, index = (ROOT / "_quarto.yml").read_text(), (ROOT / "nbs" / "index.ipynb").read_text()
-    for path in CHAPTERS:
+    for path in [*CHAPTERS, *TUTORIALS]:
         assert path.name in sidebar and path.name in index
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
 
 
 def test_import_cells_hold_nothing_else():
     "The docs build executes every cell with an import, so code beside an import would run without what it needs."
-    for path in [*CHAPTERS, ROOT / "nbs" / "index.ipynb"]:
+    for path in NOTEBOOKS:
         for cell in cells(path):
             text = source(cell)
             if cell["cell_type"] != "code" or "#| export" in text: continue
@@ -73,4 +75,4 @@ def test_docs_pipeline_processes_every_notebook():
     "What `nbdev_docs` does before it calls Quarto."
     subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"],
                    cwd=ROOT, check=True, capture_output=True)
-    for path in [*CHAPTERS, ROOT / "nbs" / "index.ipynb"]: assert (ROOT / "_proc" / path.name).is_file(), path.name
+    for path in NOTEBOOKS: assert (ROOT / "_proc" / path.relative_to(ROOT / "nbs")).is_file(), path.name

@@ -28,13 +28,14 @@ def _one_line(name, job):
         print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/19_cli.ipynb #a5e461c4
+# %% ../nbs/19_cli.ipynb #67b22467
 @call_parse
 def ehrseq_prepare(
     source: str, # file, folder or database URL: OMOP, Synthea, MEDS or an event table
     store: str, # folder to appear
     format: str = None, # omop, synthea, meds or table; found out if absent
     schema: str = None, # of a database that has the tables in several
+    columns: str = None, # of a plain table whose columns have other names: subject_id=mrn,time=when,code=what
     min_patients: int = 5, # codes seen in fewer training patients are unknown
     n_value_bins: int = 10, # quantile bins for codes with values
     exclude: str = "", # codes, or beginnings with *, that never become tokens; separated by ';'
@@ -52,8 +53,9 @@ def ehrseq_prepare(
     "Turn records into a sequence store: patients' visits as tokens, memory-mapped."
     def job():
         from ehr_sequencing.prepare import PrepareConfig, prepare_store, read_roll_up_map
+        pairs = [pair.partition("=") for pair in (columns or "").split(",") if pair.strip()]
         parents, names = read_roll_up_map(roll_up_map) if roll_up_map else ({}, {})
-        config = PrepareConfig(source=source, store=store, format=format, schema=schema, min_patients=min_patients, n_value_bins=n_value_bins,
+        config = PrepareConfig(source=source, store=store, format=format, schema=schema, columns={ours.strip(): theirs.strip() for ours, _, theirs in pairs} or None, min_patients=min_patients, n_value_bins=n_value_bins,
             exclude=tuple(c.strip() for c in exclude.split(";") if c.strip()), roll_up=tuple([parents] * bool(parents) + [r.strip() for r in roll_up.split(",") if r.strip()]), names=names,
             deduplicate=not keep_repeats, fractions=(train_fraction, tuning_fraction, 1 - train_fraction - tuning_fraction), seed=seed,
             n_shards=n_shards, n_jobs=n_jobs, cluster=cluster, overwrite=overwrite)

@@ -28,7 +28,7 @@ from .readers import meds_frame, meds_shards, meds_splits, open_events
 from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
                                       fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
 
-# %% ../nbs/02c_prepare.ipynb #139a1c0d
+# %% ../nbs/02c_prepare.ipynb #b99b315a
 @dataclass
 class PrepareConfig:
     "What to read and how to turn it into tokens."
@@ -36,6 +36,7 @@ class PrepareConfig:
     store: str # folder to appear
     format: str | None = None # omop, synthea, meds or table; found out if None
     schema: str | None = None # of a database, where tables are in several
+    columns: dict | None = None # of a plain table: our column name -> its column name
     min_patients: int = 5 # tokens seen in fewer training patients become `[UNK]`
     n_value_bins: int = 10 # quantile bins for codes with values
     exclude: tuple = () # codes, or beginnings that end in `*`, that never become tokens
@@ -202,14 +203,14 @@ def _ordered_blocks(files, block_rows=16384):
         pieces = [take_rows(tables[k], row[block][by_file][owner[block][by_file] == k]) for k in np.unique(owner[block])]
         yield take_rows(pa.concat_tables(pieces).combine_chunks(), np.argsort(by_file, kind="stable"))
 
-# %% ../nbs/02c_prepare.ipynb #f42ff8c5
+# %% ../nbs/02c_prepare.ipynb #d5dd874e
 def _begin(config):
     "The folder of work, empty or from an earlier call with the same settings, and the source. Raises `FileExistsError`, `ValueError`, and the readers' errors before anything is written."
     store = Path(config.store)
     work = store.with_name(store.name + ".partial")
     if store.exists() and not config.overwrite: raise FileExistsError(f"{store}: already exists. Choose another folder, or give --overwrite.")
     if store.exists() and not (store/"sequences.arrow").is_file(): raise FileExistsError(f"{store}: is no sequence store, so it is not replaced. Choose another folder.")
-    source, plan = open_events(config.source, config.format, config.schema), config.settings() | {"stamp": _stamp(config.source)}
+    source, plan = open_events(config.source, config.format, config.schema, config.columns), config.settings() | {"stamp": _stamp(config.source)}
     if (work/"plan.json").exists():
         begun = json.loads((work/"plan.json").read_text(encoding="utf-8"))
         differs = [name for name in plan if begun.get(name) != plan[name]]
@@ -263,7 +264,7 @@ def _account(gathered, jobs):
     return {"source": gathered["name"], "format": gathered["format"], "rows_read": rows_read, "set_aside": set_aside, "notes": gathered["notes"],
             "patients_without_visit": total["patients"] - total["with_visits"], "events": total["events"]}
 
-# %% ../nbs/02c_prepare.ipynb #305e39f8
+# %% ../nbs/02c_prepare.ipynb #33f86f88
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
@@ -279,7 +280,7 @@ def _fill_store(config, source, work, say):
         vocabulary = make_vocabulary(counts, edges, config.min_patients, config.exclude, config.roll_up, gathered["names"] | config.names)
         with whole_file(work/"vocabulary.json") as partial: partial.write_text(vocabulary.to_json(), encoding="utf-8")
         for _ in run(_tokenize_shard, jobs, "tokenising", show): pass
-    options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema", "names")}
+    options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema", "columns", "names")}
     meta = {"schema_version": SCHEMA_VERSION} | _account(gathered, jobs) | {"split": origin, "options": options}
     (work/"store").mkdir(exist_ok=True)
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)

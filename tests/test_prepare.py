@@ -183,3 +183,21 @@ def test_shared_data_go_through(name, tmp_path):
     assert (len(store), len(store.visit_starts)) == EXPECTED[name]
     meta = json.loads((tmp_path / "store" / "meta.json").read_text())
     assert meta["tokens"] == len(store.tokens) and meta["events"] > 0 and sum(meta["rows_read"].values()) > meta["events"] / 2
+
+
+def test_pbc2_goes_through_as_a_plain_table(tmp_path):
+    "A wide table of visits becomes a long table of events; its columns have other names."
+    wide = pl.read_csv(data_folder("pbc2") / "pbc2.csv.gz", null_values="NA", infer_schema_length=None)
+    when = pl.datetime(1974, 1, 1) + pl.duration(days=(pl.col("year") * 365.25).round().cast(pl.Int64))
+    numbers, words = ["serBilir", "serChol", "albumin", "alkaline", "SGOT", "platelets", "prothrombin", "histologic"], ["ascites", "hepatomegaly", "spiders", "edema"]
+    values = wide.with_columns(when=when).unpivot(numbers, index=["id", "when"], variable_name="what", value_name="amount").drop_nulls()
+    signs = wide.with_columns(when=when).unpivot(words, index=["id", "when"]).drop_nulls().select("id", "when", what=pl.col("variable") + "//" + pl.col("value"), amount=pl.lit(None, pl.Float64))
+    last = wide.group_by("id").agg(pl.first("years", "status"))
+    end = pl.datetime(1974, 1, 1) + pl.duration(days=(pl.col("years") * 365.25).ceil().cast(pl.Int64))
+    ends = last.select("id", when=end, what=pl.when(pl.col("status") == "dead").then(pl.lit("MEDS_DEATH")).otherwise(pl.lit("OBSERVATION_END")), amount=pl.lit(None, pl.Float64))
+    pl.concat([values.select(ends.columns), signs, ends]).with_columns(pl.col("when").dt.to_string()).write_csv(tmp_path / "pbc2.csv")
+    done = run(tmp_path / "pbc2.csv", tmp_path / "store", "--columns", "subject_id=id,time=when,code=what,numeric_value=amount", "--n_jobs", 1)
+    assert done.returncode == 0, done.stderr
+    store = load_sequences(tmp_path / "store")
+    assert len(store) == 312 and len(store.visit_starts) == 1945 and (~np.isnat(store.deaths)).sum() == 140
+    assert {"serBilir//Q10", "ascites//Yes"} <= set(store.vocabulary.tokens) and not store.meta["set_aside"]

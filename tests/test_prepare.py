@@ -15,6 +15,7 @@ import pytest
 from conftest import data_folder
 
 from ehr_sequencing.prepare import PrepareConfig, prepare_store
+from ehr_sequencing.batches import make_batch
 from ehr_sequencing.omop import eunomia_path
 from ehr_sequencing.sequences import load_sequences
 
@@ -201,3 +202,15 @@ def test_pbc2_goes_through_as_a_plain_table(tmp_path):
     store = load_sequences(tmp_path / "store")
     assert len(store) == 312 and len(store.visit_starts) == 1945 and (~np.isnat(store.deaths)).sum() == 140
     assert {"serBilir//Q10", "ascites//Yes"} <= set(store.vocabulary.tokens) and not store.meta["set_aside"]
+
+
+def test_a_million_events_of_one_patient_over_a_century(tmp_path):
+    generator = np.random.default_rng(1)
+    days = np.sort(generator.integers(0, 36_525, 1_000_000))
+    pl.DataFrame({"subject_id": np.repeat([7, -7], [1_000_000, 20]), "time": np.datetime64("1920-01-01", "us") + np.append(days, np.arange(20)).astype("timedelta64[D]"),
+                  "code": np.char.add("C", generator.integers(0, 1000, 1_000_020).astype(str))}).with_columns(numeric_value=pl.lit(None, pl.Float32)).write_parquet(tmp_path / "one.parquet")
+    store = prepare_store(PrepareConfig(tmp_path / "one.parquet", tmp_path / "store", format="meds", min_patients=1, fractions=(1., 0., 0.), n_jobs=1), say=quiet)
+    assert store.n_visits.tolist() == [20, len(np.unique(days))] and store.describe().loc["years from first to last visit", "maximum"] > 99
+    batch = make_batch(store, [0, 1], max_tokens=512)
+    last = [names for _, names in store[1][-1:]][0]
+    assert store.vocabulary.decode(batch["codes"][1][batch["visit_ids"][1] == batch["visit_ids"][1].max()]) == last and batch["attention_mask"].sum(1).tolist()[1] > 512 - 2 * 60

@@ -6,7 +6,7 @@
 __all__ = ['ROW', 'first_row', 'shape_of', 'integer_ids', 'hashed_ids', 'parse_times', 'Ledger', 'static_facts', 'Account',
            'unique_rows', 'unique_people', 'Distinct', 'finish_table', 'EventSource']
 
-# %% ../nbs/00b_tables.ipynb #61087233
+# %% ../nbs/00b_tables.ipynb #8e50e180
 import hashlib
 import re
 from collections import Counter
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from .databases import is_url, open_tables
 from .events import SCHEMA, EventTable, column_list, event_table, set_aside_impossible
-from .sources import CHUNK_ROWS, DatabaseTables, DuckDBTables, Folder, is_url, open_tables, scan_file
+from .files import CHUNK_ROWS, Folder, scan_file
 
 # %% ../nbs/00b_tables.ipynb #2f64d65c
 ROW = "__row__"  # the column of row numbers

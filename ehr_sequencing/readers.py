@@ -6,16 +6,17 @@
 __all__ = ['SPLITS', 'FORMATS', 'meds_shards', 'meds_split_of', 'meds_frame', 'meds_splits', 'meds_source', 'read_meds',
            'table_source', 'read_table', 'detect_format', 'open_events', 'read_events']
 
-# %% ../nbs/01_readers.ipynb #887a7035
+# %% ../nbs/01_readers.ipynb #7f281192
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import polars as pl
 
+from .databases import is_url
 from .events import BIRTH, SCHEMA, EventTable, _check_column_type, column_list
+from .files import Folder, by_lower_case, scan_file
 from .omop import OMOP_TABLES, eunomia_path, omop_source, read_omop
-from .sources import Folder, by_lower_case, is_url, scan_file
 from .synthea import read_synthea, synthea_source
 from .tables import ROW, EventSource, hashed_ids, integer_ids
 
@@ -325,7 +326,7 @@ def read_table(
     "Read one table with a row an event. Raises `ValueError` naming the column that is missing or cannot be read, `TypeError` for one of the wrong type."
     return table_source(source, columns).table()
 
-# %% ../nbs/01_readers.ipynb #617bbd07
+# %% ../nbs/01_readers.ipynb #80099eaa
 FORMATS = ("omop", "synthea", "meds", "table")
 _FILE_FORMATS = {".parquet": "meds", ".duckdb": "omop", ".db": "omop"} | {s: "table" for s in (*_TEXT_SUFFIXES, *_ARROW_SUFFIXES)}
 
@@ -355,17 +356,17 @@ def detect_format(
     "Tell the format of a source from the tables that only it has, so that the reader can name what is missing. Raises `ValueError` saying what was found if none fits."
     if is_url(path): return "omop"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path.name}: no such file or folder. Give a file or folder with --source.")
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder. Give a file or folder with --source.")
     if path.is_file():
         found = next((f for suffix, f in _FILE_FORMATS.items() if path.name.lower().endswith(suffix)), None)
-        if found is None: raise ValueError(f"{path.name}: cannot tell the format of this file. Name it with --format, one of {', '.join(FORMATS)}.")
+        if found is None: raise ValueError(f"{path}: cannot tell the format of this file. Name it with --format, one of {', '.join(FORMATS)}.")
         return found
     found, names = _folder_format(path)
     if found: return found
     below = None if names else _format_below(path)
-    if below: raise ValueError(f"{path.name}: holds no tables itself, but {below[0]} is a source of the format {below[1]}. Give that folder.")
+    if below: raise ValueError(f"{path}: holds no tables itself, but {below[0]} is a source of the format {below[1]}. Give that folder.")
     listed = ", ".join(names[:8]) if names else "no CSV or Parquet file"
-    raise ValueError(f"{path.name}: found {listed}, which is no OMOP (person), Synthea (patients, encounters) or MEDS (data/*.parquet) source. "
+    raise ValueError(f"{path}: found {listed}, which is no OMOP (person), Synthea (patients, encounters) or MEDS (data/*.parquet) source. "
                      f"Choose another folder, or name its format with --format.")
 
 # %% ../nbs/01_readers.ipynb #f408a898

@@ -326,7 +326,7 @@ def read_table(
     "Read one table with a row an event. Raises `ValueError` naming the column that is missing or cannot be read, `TypeError` for one of the wrong type."
     return table_source(source, columns).table()
 
-# %% ../nbs/01_readers.ipynb #80099eaa
+# %% ../nbs/01_readers.ipynb #49ef2053
 FORMATS = ("omop", "synthea", "meds", "table")
 _FILE_FORMATS = {".parquet": "meds", ".duckdb": "omop", ".db": "omop"} | {s: "table" for s in (*_TEXT_SUFFIXES, *_ARROW_SUFFIXES)}
 
@@ -345,7 +345,8 @@ def _format_below(path):
     "The first sub-folder, one or two levels down, that holds a source, with its format."
     for pattern in ("*", "*/*"):
         for folder in sorted(f for f in path.glob(pattern) if f.is_dir()):
-            kind = _folder_format(folder)[0]
+            try: kind = _folder_format(folder)[0]
+            except (ValueError, OSError): continue  # a folder that is none of ours
             if kind: return folder.relative_to(path).as_posix(), kind
     return None
 

@@ -181,7 +181,7 @@ def _failure(name, address, said, what):
     if "permission denied" in said: return ValueError(f"{name}: this user may not read {what}. Grant SELECT on it.")
     return ValueError(f"{name}: {what} cannot be read. Is it a database as its name says, and intact?")
 
-# %% ../nbs/00ab_databases.ipynb #000e1235
+# %% ../nbs/00ab_databases.ipynb #7b15fc6a
 class DatabaseTables:
     "The tables of a database that is named by a URL, by lower-case name."
     def __init__(self, url, schema=None):
@@ -227,14 +227,12 @@ class DatabaseTables:
         pair = _only_table(self.found[name], name, self.name)
         kinds = self._kinds[pair]
         table = self._quote(pair[1]) if self.scheme == "sqlite" else ".".join(map(self._quote, pair))
-        key = self._quote(self._key(name, kinds))
-        kind = kinds[self._key(name, kinds)]
-        cuts = self._rows(f"select cast(k as {self._text}) as k from (select {key} as k, row_number() over (order by {key}) as r from {table} "
+        key, whole = f"t.{self._quote(self._key(name, kinds))}", kinds[self._key(name, kinds)] in _WHOLE  # `t.`: the column, and not the text we make of it
+        cuts = self._rows(f"select cast(k as {self._text}) as k from (select {key} as k, row_number() over (order by {key}) as r from {table} t "
                           f"where {key} is not null) q where r % {int(rows)} = 0 order by r", f"table {name}")["k"].unique(maintain_order=True)
-        cuts = [_cut_sql(self.scheme, cut, kind in _WHOLE) for cut in cuts]
-        listed = ", ".join(f"{_sql_value(self.scheme, self._text, self._quote(c), kinds[c])} as {self._quote(c)}" for c in columns)
-        for part in _ranges(key, cuts):
-            frame = self._rows(f"select {listed} from {table} where {part} order by {key}", f"table {name}")
+        listed = ", ".join(f"{_sql_value(self.scheme, self._text, 't.' + self._quote(c), kinds[c])} as {self._quote(c)}" for c in columns)
+        for part in _ranges(key, [_cut_sql(self.scheme, cut, whole) for cut in cuts]):
+            frame = self._rows(f"select {listed} from {table} t where {part} order by {key}", f"table {name}")
             yield frame.with_columns(pl.col(pl.String).replace("", None)) if self.scheme == "sqlite" else frame
 
 # %% ../nbs/00ab_databases.ipynb #4b0336da

@@ -47,7 +47,7 @@ def meds_split_of(
     if folders[:1] == ("data",): folders = folders[1:]
     return _SPLIT_NAMES.get(folders[0]) if folders else None
 
-# %% ../nbs/01_readers.ipynb #a6a53d39
+# %% ../nbs/01_readers.ipynb #9a983264
 _MEDS_NAMES = {"subject_id": ("subject_id", "patient_id"), "time": ("time", "timestamp"), "code": ("code",),
                "numeric_value": ("numeric_value", "numerical_value", "value"), "visit_id": ("visit_id",)}  # best first
 
@@ -55,7 +55,8 @@ _MEDS_NAMES = {"subject_id": ("subject_id", "patient_id"), "time": ("time", "tim
 def _parquet_schema(file):
     "Column -> type; errors name the file."
     try: return pl.read_parquet_schema(file)
-    except (pl.exceptions.PolarsError, OSError) as error: raise ValueError(f"{_shard_name(file)}: cannot be read ({type(error).__name__}). Is it a complete Parquet file?") from None
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ValueError(f"{_shard_name(file)}: cannot be read ({type(error).__name__}). Is it a complete Parquet file?") from None
 
 
 def _meds_columns(file, where):
@@ -75,7 +76,7 @@ def _shard_name(file):
     "How messages call a shard: by its name, with the split folder before it."
     return f"{file.parent.name}/{file.name}" if file.parent.name in _SPLIT_NAMES else file.name
 
-# %% ../nbs/01_readers.ipynb #8492b2a7
+# %% ../nbs/01_readers.ipynb #e00becaf
 def _refuse_rows(bad, where, column, problem, remedy):
     "Raise if any row is bad, naming how many and the first."
     if bad.any(): raise ValueError(f"{where}: column '{column}' is {problem} in {bad.sum():,} rows, first in row {bad.arg_max()}. {remedy}")
@@ -107,7 +108,8 @@ def meds_frame(
     if aliases: where = f"{where} ({', '.join(aliases)})"
     frame = _checked(frame, where)
     _refuse_rows(frame["code"] == "", where, "code", "empty text", "Remove these rows.")
-    _refuse_rows(frame["numeric_value"].is_infinite().fill_null(False), where, "numeric_value", "infinite", "Set these values to null, or to the limit of the instrument.")
+    infinite = frame["numeric_value"].is_infinite().fill_null(False)
+    _refuse_rows(infinite, where, "numeric_value", "infinite", "Set these values to null, or to the limit of the instrument.")
     return frame
 
 # %% ../nbs/01_readers.ipynb #d79fd411
@@ -156,7 +158,7 @@ def meds_splits(
     if twice: raise ValueError(f"{where}: {twice:,} subjects are in more than one split. Each subject needs one.")
     return frame
 
-# %% ../nbs/01_readers.ipynb #06cf41a7
+# %% ../nbs/01_readers.ipynb #475c981c
 def _code_names(root):
     "Code -> description from `metadata/codes.parquet`; empty where there is none."
     file = Path(root)/"metadata"/"codes.parquet"
@@ -172,7 +174,9 @@ def _check_split(shard, frame, root, splits):
     folder = meds_split_of(shard, root)
     if splits is None or folder is None: return
     wrong = frame.select(pl.col("subject_id").unique()).join(splits, on="subject_id").filter(pl.col("split") != folder)
-    if len(wrong): raise ValueError(f"{_shard_name(shard)}: {len(wrong):,} subjects lie in the folder of {folder}, but {_split_file(root).name} says otherwise. Correct one of them.")
+    if len(wrong):
+        raise ValueError(f"{_shard_name(shard)}: {len(wrong):,} subjects lie in the folder of {folder}, but {_split_file(root).name} says otherwise. "
+                         "Correct one of them.")
 
 
 def _meds_frames(root, shards, splits, account):
@@ -263,14 +267,16 @@ def _one_table(source):
     if name.endswith((*_TEXT_SUFFIXES, ".parquet")): return _OneFile(path)
     raise ValueError(f"{path.name}: cannot be read as a table; expected a file that ends in {', '.join((*_TEXT_SUFFIXES, '.parquet', *_ARROW_SUFFIXES))}.")
 
-# %% ../nbs/01_readers.ipynb #9df7101c
+# %% ../nbs/01_readers.ipynb #1f0d8766
 def _mapping(present, where, columns):
     "Our columns -> those of the table in lower case, checked."
     if len(present) == 1 and ";" in next(iter(present)):
         raise ValueError(f"{where}: has a single column with semicolons in its name. Is it separated by semicolons? Save it with commas or tabs.")
     unknown = [c for c in columns or {} if c not in SCHEMA]
     if unknown: raise ValueError(f"columns: {', '.join(unknown)} is no column of an event table; they are {', '.join(SCHEMA)}.")
-    columns = {c: c for c in SCHEMA if c in present} | {c: theirs for c, theirs in (columns or {}).items()}
+    other = [c for c, theirs in (columns or {}).items() if not isinstance(theirs, str)]
+    if other: raise TypeError(f"columns: the column for {', '.join(other)} is a {type(columns[other[0]]).__name__}; expected its name as text.")
+    columns = {c: c for c in SCHEMA if c in present} | (columns or {})
     missing = [columns.get(c, c) for c in SCHEMA if (c in columns or c in ("subject_id", "time", "code")) and columns.get(c, c).lower() not in present]
     if missing: raise ValueError(f"{where}: no column {', '.join(missing)}; found {column_list(present)}. Map yours with `columns`.")
     return {c: theirs.lower() for c, theirs in columns.items()}
@@ -326,7 +332,7 @@ def read_table(
     "Read one table with a row an event. Raises `ValueError` naming the column that is missing or cannot be read, `TypeError` for one of the wrong type."
     return table_source(source, columns).table()
 
-# %% ../nbs/01_readers.ipynb #80099eaa
+# %% ../nbs/01_readers.ipynb #49ef2053
 FORMATS = ("omop", "synthea", "meds", "table")
 _FILE_FORMATS = {".parquet": "meds", ".duckdb": "omop", ".db": "omop"} | {s: "table" for s in (*_TEXT_SUFFIXES, *_ARROW_SUFFIXES)}
 
@@ -345,7 +351,8 @@ def _format_below(path):
     "The first sub-folder, one or two levels down, that holds a source, with its format."
     for pattern in ("*", "*/*"):
         for folder in sorted(f for f in path.glob(pattern) if f.is_dir()):
-            kind = _folder_format(folder)[0]
+            try: kind = _folder_format(folder)[0]
+            except (ValueError, OSError): continue  # a folder that is none of ours
             if kind: return folder.relative_to(path).as_posix(), kind
     return None
 

@@ -19,15 +19,16 @@ from .databases import is_url, open_tables
 from .events import SCHEMA, EventTable, column_list, event_table, set_aside_impossible
 from .files import CHUNK_ROWS, Folder, scan_file
 
-# %% ../nbs/00b_tables.ipynb #2f64d65c
+# %% ../nbs/00b_tables.ipynb #38850ee9
 ROW = "__row__"  # the column of row numbers
 
 
 def first_row(
     frame, # polars frame, with a column `ROW` or without
     bad, # Series of bool
-): # row number in the table, or in the frame where that is all that is known
+): # row number in the table, or in the frame where that is all that is known; None if no row is bad
     "The number of the first bad row."
+    if not bad.any(): return None
     i = bad.fill_null(False).arg_max()
     return frame[ROW][i] if ROW in frame.columns else i
 

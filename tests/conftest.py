@@ -1,9 +1,11 @@
 "What the tests share: where the development data lie, and the command run as a user runs it."
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from postgres import PASSWORD, Server, find
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -27,3 +29,16 @@ def command(tmp_path):
         done = subprocess.run([script, *map(str, options)], cwd=work, capture_output=True, text=True)
         return done, sorted(str(p.relative_to(work)) for p in work.rglob("*"))
     return run
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    "A running PostgreSQL server with the role ann, who needs a password; the test skips where no server is installed."
+    missing = [p for p in ("initdb", "pg_ctl", "psql") if find(p) is None]
+    if missing: pytest.skip(f"no PostgreSQL server here ({', '.join(missing)} not found); on Debian: apt-get install postgresql")
+    server = Server()
+    server.start()
+    server.sql(f"create role ann login password '{PASSWORD}'; grant pg_read_all_data to ann")
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder)

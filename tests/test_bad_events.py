@@ -280,6 +280,7 @@ TABLE_REFUSED = {  # name -> maker of the source, mapping, message
     "mapped to a column that is not there": (text(CSV), MAP, "t.csv: no column mrn"),
     "value mapped to a column that is not there": (text(CSV), {"numeric_value": "amount"}, "t.csv: no column amount"),
     "a mapping of no column of ours": (text(CSV), {"patient": "subject_id"}, "columns: patient is no column of an event table"),
+    "a mapping to a number": (text(CSV), {"time": 1}, "columns: the column for time is a int; expected its name as text"),
     "no header": (text(CSV.split("\n", 1)[1]), None, "is the header missing?"),
     "semicolons": (text(CSV.replace(",", ";")), None, "Is it separated by semicolons? Save it with commas or tabs"),
     "a header twice": (text(CSV.replace("numeric_value", "code")), None, "t.csv: column code is there more than once"),

@@ -30,7 +30,7 @@ JAVA_2018 = RUBY | {  # costs, types of observations, imaging
     "imaging_studies": "ID,DATE,PATIENT,ENCOUNTER,BODYSITE_CODE,BODYSITE_DESCRIPTION,MODALITY_CODE,MODALITY_DESCRIPTION,SOP_CODE,SOP_DESCRIPTION"}
 JAVA_2019 = JAVA_2018 | {  # `Id`; encounters start, stop and have a class
     "patients": f"Id,BIRTHDATE,DEATHDATE,SSN,DRIVERS,PASSPORT,{FIRST},CITY,STATE,ZIP",
-    "encounters": "Id,START,STOP,PATIENT,PROVIDER,PAYER,ENCOUNTERCLASS,CODE,DESCRIPTION,COST,PAYER_COVERAGE,REASONCODE,REASONDESCRIPTION",
+    "encounters": "Id,START,STOP,PATIENT,PROVIDER,ENCOUNTERCLASS,CODE,DESCRIPTION,COST,REASONCODE,REASONDESCRIPTION",
     "medications": "START,STOP,PATIENT,ENCOUNTER,CODE,DESCRIPTION,COST,DISPENSES,TOTALCOST,REASONCODE,REASONDESCRIPTION",
     "careplans": RUBY["careplans"].replace("ID", "Id"), "imaging_studies": JAVA_2018["imaging_studies"].replace("ID", "Id")}
 V2_5 = JAVA_2019 | {  # April 2020: payers, devices, supplies
@@ -47,11 +47,14 @@ V3_0 = V2_7 | {  # procedures start and stop; categories; allergies with a syste
     "allergies": "START,STOP,PATIENT,ENCOUNTER,CODE,SYSTEM,DESCRIPTION,TYPE,CATEGORY,REACTION1,DESCRIPTION1,SEVERITY1,REACTION2,DESCRIPTION2,SEVERITY2",
     "observations": "DATE,PATIENT,ENCOUNTER,CATEGORY,CODE,DESCRIPTION,VALUE,UNITS,TYPE",
     "procedures": f"START,STOP,PATIENT,ENCOUNTER,CODE,DESCRIPTION,{MONEY}",
-    "claims": "Id,PATIENTID,PROVIDERID,DIAGNOSIS1", "claims_transactions": "ID,CLAIMID,CHARGEID,PATIENTID,TYPE,PROCEDURECODE"}
-V3_3 = V3_0 | {  # systems of conditions and procedures; middle name, income
-    "patients": V2_5["patients"].replace("FIRST,LAST", "FIRST,MIDDLE,LAST").replace("COUNTY,", "COUNTY,FIPS,") + ",INCOME",
+    "claims": ("Id,PATIENTID,PROVIDERID,PRIMARYPATIENTINSURANCEID,SECONDARYPATIENTINSURANCEID,DEPARTMENTID,PATIENTDEPARTMENTID,DIAGNOSIS1,DIAGNOSIS2,DIAGNOSIS3,DIAGNOSIS4,"
+               "DIAGNOSIS5,DIAGNOSIS6,DIAGNOSIS7,DIAGNOSIS8,REFERRINGPROVIDERID,APPOINTMENTID,CURRENTILLNESSDATE,SERVICEDATE,SUPERVISINGPROVIDERID,STATUS1,STATUS2,STATUSP,"
+               "OUTSTANDING1,OUTSTANDING2,OUTSTANDINGP,LASTBILLEDDATE1,LASTBILLEDDATE2,LASTBILLEDDATEP,HEALTHCARECLAIMTYPEID1,HEALTHCARECLAIMTYPEID2")}
+V3_1 = V3_0 | {"patients": V2_5["patients"].replace("COUNTY,", "COUNTY,FIPS,") + ",INCOME"}
+V3_3 = V3_1 | {  # systems of conditions and procedures; middle name
+    "patients": V3_1["patients"].replace("FIRST,LAST", "FIRST,MIDDLE,LAST"),
     "conditions": "START,STOP,PATIENT,ENCOUNTER,SYSTEM,CODE,DESCRIPTION", "procedures": f"START,STOP,PATIENT,ENCOUNTER,SYSTEM,CODE,DESCRIPTION,{MONEY}"}
-GENERATIONS = {"ruby": RUBY, "java 2018": JAVA_2018, "java 2019": JAVA_2019, "2.5": V2_5, "2.7": V2_7, "3.0": V3_0, "3.3": V3_3}
+GENERATIONS = {"ruby": RUBY, "java 2018": JAVA_2018, "java 2019": JAVA_2019, "2.5": V2_5, "2.7": V2_7, "3.0": V3_0, "3.1": V3_1, "3.3": V3_3}
 
 DAY, DEATH_DAY = "2010-05-04", "2015-03-02"
 FACTS = {  # table -> rows; a generation takes the columns it has
@@ -71,7 +74,7 @@ FACTS = {  # table -> rows; a generation takes the columns it has
     "immunizations": [{"CODE": "140", "DESCRIPTION": "Influenza"}],
     "imaging_studies": [{"ID": "i-1", "BODYSITE_CODE": "51185008", "MODALITY_CODE": "DX", "MODALITY_DESCRIPTION": "Digital Radiography", "SERIES_UID": "1.2", "PROCEDURE_CODE": "399208008"}],
     "devices": [{"CODE": "72506001", "DESCRIPTION": "Cardioverter/defibrillator"}], "supplies": [{"CODE": "337388004", "DESCRIPTION": "Blood glucose testing strips", "QUANTITY": "50"}],
-    "claims": [{"ID": "k-1", "PATIENTID": "u-1", "DIAGNOSIS1": "44054006"}], "claims_transactions": [{"ID": "t-1", "PATIENTID": "u-1"}]}
+    "claims": [{"ID": "k-1", "PATIENTID": "u-1", "DIAGNOSIS1": "44054006"}]}
 ANSWERS = {"java": {"CODE": "69453-9", "DESCRIPTION": "Cause of Death [US Standard Certificate of Death]", "VALUE": "Myocardial Infarction"},
            "ruby": {"CODE": "22298006", "DESCRIPTION": "Myocardial Infarction"}}  # Ruby wrote the code of the condition itself, and no value
 EXPECTED = {"SNOMED//185349003", "SNOMED//44054006", "SNOMED//91935009", "RxNorm//860975", "SNOMED//698360004", "LOINC//8302-2", "LOINC//72166-2//Never smoker",
@@ -142,9 +145,16 @@ def test_the_system_column_names_the_vocabulary(system, category, code, tmp_path
     assert code in set(table.events["code"]) and table.names[code] == "Penicillin V"
 
 
-def test_streaming_gives_the_same_events_in_pieces(tmp_path):
-    source = synthea_source(export(tmp_path, "3.3"))
-    pieces = pl.concat(source.frames())
-    assert pieces.schema == read_events(tmp_path).events.schema
+def test_a_cause_of_death_is_known_by_its_code_where_it_names_no_encounter(tmp_path):
+    cause = FACTS["observations"][0] | {"PATIENT": "u-2", "DATE": DEATH_DAY, "ENCOUNTER": ""} | ANSWERS["java"]
+    table = read_events(export(tmp_path, "3.3", FACTS | {"observations": [*FACTS["observations"], cause]}))
+    assert table.set_aside["death certification"] == 3 and not table.events["code"].str.contains("69453|Myocardial").any()
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_pieces_of_any_size_give_the_same_events(name, tmp_path):
+    source, whole = synthea_source(export(tmp_path, name)), read_events(tmp_path)
     key = ["subject_id", "time", "code", "visit_id"]
-    assert pieces.sort(key).equals(read_events(tmp_path).events.sort(key))
+    for rows in (1, 3):
+        assert pl.concat(source.frames(rows)).sort(key).equals(whole.events.sort(key))
+        assert (source.account.rows_read, source.account.set_aside, source.account.notes) == (whole.rows_read, whole.set_aside, whole.notes)

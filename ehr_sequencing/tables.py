@@ -107,7 +107,7 @@ def parse_times(
     other = times.is_null() & (text.fill_null("") != "")
     return times.scatter(other.arg_true(), _other_times(text.filter(other))) if other.any() else times
 
-# %% ../nbs/00b_tables.ipynb #7b25204e
+# %% ../nbs/00b_tables.ipynb #d3d87ce4
 class Ledger:
     "The counts of a reader: what was read, set aside and noticed."
     def __init__(self):
@@ -133,6 +133,16 @@ class Ledger:
         counted = self._counted.setdefault(where, {})
         total, first = counted.get(sentence, (0, row))
         counted[sentence] = (total + int(n), first)
+        if where not in self._offset: self._close(where)
+
+    def _remember_dates(self, frame, where, columns, readable):
+        "Whether any date of a table could be read yet, and the form and row of the first text in each column."
+        before, samples = self._dates.setdefault(where, {}).get(columns, (False, {}))
+        for column in columns:
+            if column in samples: continue
+            filled = frame[column].cast(pl.String).str.strip_chars().fill_null("") != ""
+            if filled.any(): samples[column] = (shape_of(frame[column].filter(filled)[0]), first_row(frame, filled))
+        self._dates[where][columns] = (before or readable, samples)
         if where not in self._offset: self._close(where)
 
     def _close(self, where):
@@ -172,7 +182,7 @@ def static_facts(subject, code):
     facts = pl.DataFrame({"subject_id": subject, "code": code}).drop_nulls()
     return facts.select([pl.col(c) if c in facts.columns else pl.lit(None, t).alias(c) for c, t in SCHEMA.items()])
 
-# %% ../nbs/00b_tables.ipynb #a3e710e3
+# %% ../nbs/00b_tables.ipynb #05fb8c9d
 class Account(Ledger):
     "Reads the tables of a source in pieces and keeps account of them."
     def __init__(self, tables, chunk_rows=CHUNK_ROWS):
@@ -213,13 +223,7 @@ class Account(Ledger):
         times = parse_times(frame, columns[0], where)
         for column in columns[1:]:
             if times.null_count(): times = pl.coalesce(times.alias("a"), parse_times(frame, column, where).alias("b"), eager=True)
-        readable, samples = self._dates.setdefault(where, {}).get(columns, (False, {}))
-        for column in columns:
-            if column in samples: continue
-            filled = frame[column].cast(pl.String).str.strip_chars().fill_null("") != ""
-            if filled.any(): samples[column] = (shape_of(frame[column].filter(filled)[0]), first_row(frame, filled))
-        self._dates[where][columns] = (readable or times.null_count() < len(times), samples)
-        if where not in self._offset: self._close(where)
+        self._remember_dates(frame, where, columns, times.null_count() < len(times))
         return times
 
     def numbers(self, frame, column, where):

@@ -14,7 +14,7 @@ import polars as pl
 from .events import BIRTH, DEATH, OBSERVATION_END, VISIT_END, EventTable, column_list
 from .tables import ROW, Distinct, EventSource, first_row, integer_ids, open_tables, parse_times, static_facts, unique_people, unique_rows
 
-# %% ../nbs/00c_omop.ipynb #910afd7f
+# %% ../nbs/00c_omop.ipynb #377090e9
 OMOP_TABLES = {  # table -> (prefix of columns, prefix of the time columns, prefix of codes)
     "condition_occurrence": ("condition", "condition_start", "CONDITION"), "drug_exposure": ("drug", "drug_exposure_start", "DRUG"),
     "procedure_occurrence": ("procedure", "procedure", "PROCEDURE"), "device_exposure": ("device", "device_exposure_start", "DEVICE"),
@@ -47,10 +47,11 @@ def _omop_lookup(account):
 
 def _omop_names(account, concepts, used):
     "The names of the codes that were used, from a second reading of the concept tables."
-    used = concepts.filter(pl.col("code").is_in(used.implode()))
-    frames = [frame.join(used, on=["concept_id", "code"], how="semi") for frame in _omop_concepts(account)]
-    if not frames: return {}
-    return dict(pl.concat(frames).unique("concept_id", keep="first", maintain_order=True).drop_nulls("name").select("code", "name").iter_rows())
+    used, found = concepts.filter(pl.col("code").is_in(used.implode())), {}
+    for frame in _omop_concepts(account):
+        for concept, code, name in frame.join(used, on=["concept_id", "code"], how="semi", maintain_order="left").iter_rows():
+            found.setdefault(concept, (code, name))
+    return {code: name for code, name in found.values() if name}
 
 # %% ../nbs/00c_omop.ipynb #ff08dc71
 def _lookup(ids, concepts):

@@ -32,7 +32,7 @@ def first_row(
     i = bad.fill_null(False).arg_max()
     return frame[ROW][i] if ROW in frame.columns else i
 
-# %% ../nbs/00b_tables.ipynb #3a41e5f9
+# %% ../nbs/00b_tables.ipynb #0d7e9a87
 def shape_of(value):
     "A value with its digits and letters blanked: shows the form, not the content."
     return re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", str(value)))[:40]
@@ -55,6 +55,8 @@ def integer_ids(
             raise TypeError(f"{where}: column '{column}' is {series.dtype} and holds values that are no exact integers, first in row {first_row(frame, bad)}. Store ids as integers or text.")
         return (series.fill_nan(None) if series.dtype.is_float() else series).cast(pl.Int64, strict=False)
     if series.dtype != pl.String: raise TypeError(f"{where}: column '{column}' is {series.dtype}, expected an integer or text.")
+    ids = series.cast(pl.Int64, strict=False)
+    if ids.null_count() == series.null_count(): return ids
     return series.str.strip_chars().str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
 
 
@@ -70,9 +72,19 @@ def hashed_ids(
     if len(set(hashes)) < len(hashes): raise ValueError("two different ids have the same 64-bit hash; number the patients instead")
     return series.replace_strict(unique, pl.Series(hashes, dtype=pl.Int64), default=None, return_dtype=pl.Int64)
 
-# %% ../nbs/00b_tables.ipynb #6646b011
+# %% ../nbs/00b_tables.ipynb #c340c3f9
 _DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M")
 _DATE_HELP = "Dates must be ISO 8601, such as 2010-05-04 or 2010-05-04T09:30:00Z"
+
+
+def _other_times(text):
+    "Times with a `T`, without seconds, or with a zone, which becomes UTC."
+    text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T").str.replace(r"(T.*)[+-]00(:?00)?$|Z$", "${1}")
+    text = text.str.replace(r"(T\d\d:\d\d)([+-])", "${1}:00${2}").str.replace(r"(T.*[+-]\d\d)$", "${1}:00")
+    parsed = [text.str.to_datetime(f, strict=False, time_unit="us").alias(f) for f in _DATE_FORMATS]
+    zoned = text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", strict=False, time_unit="us", time_zone="UTC").dt.replace_time_zone(None)
+    day = text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))  # a plain date with a zone's Z
+    return pl.coalesce(*parsed, day.alias("day"), zoned.alias("zoned"), eager=True)
 
 
 def parse_times(
@@ -87,14 +99,15 @@ def parse_times(
         return series.cast(pl.Datetime("us"))
     if series.dtype in (pl.Date, pl.Null): return series.cast(pl.Datetime("us"))
     if series.dtype != pl.String: raise TypeError(f"{where}: column '{column}' is {series.dtype}, expected a date or text. {_DATE_HELP}.")
-    text = pl.col(column).str.strip_chars().str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T").str.replace(r"(T.*)[+-]00(:?00)?$|Z$", "${1}")
-    text = text.str.replace(r"(T\d\d:\d\d)([+-])", "${1}:00${2}").str.replace(r"(T.*[+-]\d\d)$", "${1}:00")
-    parsed = [text.str.to_datetime(f, strict=False, time_unit="us") for f in _DATE_FORMATS]
-    parsed += [text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))]
-    zoned = text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", strict=False, time_unit="us", time_zone="UTC").dt.replace_time_zone(None)
-    return frame.select(pl.coalesce(*parsed, zoned))[column]
+    text = series.str.strip_chars()
+    times = text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))  # most are a plain date or a plain time
+    for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f"):
+        if times.null_count() > text.null_count():
+            times = pl.coalesce(times.alias("a"), text.str.to_datetime(form, strict=False, time_unit="us").alias("b"), eager=True)
+    other = times.is_null() & (text.fill_null("") != "")
+    return times.scatter(other.arg_true(), _other_times(text.filter(other))) if other.any() else times
 
-# %% ../nbs/00b_tables.ipynb #7b25204e
+# %% ../nbs/00b_tables.ipynb #d3d87ce4
 class Ledger:
     "The counts of a reader: what was read, set aside and noticed."
     def __init__(self):
@@ -120,6 +133,16 @@ class Ledger:
         counted = self._counted.setdefault(where, {})
         total, first = counted.get(sentence, (0, row))
         counted[sentence] = (total + int(n), first)
+        if where not in self._offset: self._close(where)
+
+    def _remember_dates(self, frame, where, columns, readable):
+        "Whether any date of a table could be read yet, and the form and row of the first text in each column."
+        before, samples = self._dates.setdefault(where, {}).get(columns, (False, {}))
+        for column in columns:
+            if column in samples: continue
+            filled = frame[column].cast(pl.String).str.strip_chars().fill_null("") != ""
+            if filled.any(): samples[column] = (shape_of(frame[column].filter(filled)[0]), first_row(frame, filled))
+        self._dates[where][columns] = (before or readable, samples)
         if where not in self._offset: self._close(where)
 
     def _close(self, where):
@@ -159,7 +182,7 @@ def static_facts(subject, code):
     facts = pl.DataFrame({"subject_id": subject, "code": code}).drop_nulls()
     return facts.select([pl.col(c) if c in facts.columns else pl.lit(None, t).alias(c) for c, t in SCHEMA.items()])
 
-# %% ../nbs/00b_tables.ipynb #d862af9d
+# %% ../nbs/00b_tables.ipynb #05fb8c9d
 class Account(Ledger):
     "Reads the tables of a source in pieces and keeps account of them."
     def __init__(self, tables, chunk_rows=CHUNK_ROWS):
@@ -197,21 +220,18 @@ class Account(Ledger):
 
     def times(self, frame, where, *columns):
         "The first readable time of several columns, best first; an error at the end of the table if it has text but not one date that can be read."
-        times = pl.coalesce(*[parse_times(frame, c, where).alias(str(i)) for i, c in enumerate(columns)], eager=True)
-        readable, samples = self._dates.setdefault(where, {}).get(columns, (False, {}))
-        for column in columns:
-            filled = frame[column].cast(pl.String).str.strip_chars().fill_null("") != ""
-            if column not in samples and filled.any(): samples[column] = (shape_of(frame[column].filter(filled)[0]), first_row(frame, filled))
-        self._dates[where][columns] = (readable or times.null_count() < len(times), samples)
-        if where not in self._offset: self._close(where)
+        times = parse_times(frame, columns[0], where)
+        for column in columns[1:]:
+            if times.null_count(): times = pl.coalesce(times.alias("a"), parse_times(frame, column, where).alias("b"), eager=True)
+        self._remember_dates(frame, where, columns, times.null_count() < len(times))
         return times
 
     def numbers(self, frame, column, where):
         "A column of values as Float64; text that is no number is left out and noted."
-        text = frame[column].cast(pl.String).str.strip_chars()
-        values = text.cast(pl.Float64, strict=False)
+        given = frame[column] if frame[column].dtype.is_numeric() else frame[column].cast(pl.String).str.strip_chars().replace("", None)
+        values = given.cast(pl.Float64, strict=False)
         values = values.set((values.abs() > 3e38).fill_null(False), None).fill_nan(None)
-        lost = values.is_null() & text.is_not_null() & (text != "")
+        lost = values.is_null() & given.is_not_null()
         self.note(where, f"{{n}} values in column {column} are no numbers, the first in row {{row}}; those events have no value.", lost.sum(), first_row(frame, lost))
         return values
 
@@ -260,19 +280,23 @@ def unique_people(frame, key, where, account):
     "One row a patient; rows without an id are put aside."
     return unique_rows(account.without(frame, frame[key].is_null(), f"{where}: no patient", where), key, where, account)
 
-# %% ../nbs/00b_tables.ipynb #5b6649f0
+# %% ../nbs/00b_tables.ipynb #5981d951
 class Distinct:
     "The distinct rows of frames that come one after the other; memory stays near what is distinct."
     def __init__(self, schema): self._parts, self._least = [pl.DataFrame(schema=schema)], 0
 
+    def _own(self, frame):
+        "The frame with texts of its own: a few of a column's texts, as polars holds them, keep the whole column in memory."
+        return frame.with_columns(pl.Series(c, frame[c].to_list(), pl.String) for c, t in frame.schema.items() if t == pl.String)
+
     def add(self, frame):
         "Remember the rows of a frame."
-        self._parts.append(frame.select(self._parts[0].columns).unique())
+        self._parts.append(self._own(frame.select(self._parts[0].columns).unique()))
         if sum(map(len, self._parts)) > 2 * self._least + 100_000: self.frame()
 
     def frame(self):
         "The distinct rows so far."
-        self._parts = [pl.concat(self._parts).unique()]
+        self._parts = [self._own(pl.concat(self._parts).unique())]
         self._least = len(self._parts[0])
         return self._parts[0]
 

@@ -38,16 +38,16 @@ def without(name, column): return name, GOOD[name].replace(column, "other")
 def frame(name, **columns): return pl.read_csv(GOOD[name].encode(), try_parse_dates=True).with_columns(**columns)
 def dates(*texts): return CONDITIONS, "person_id,condition_concept_id,condition_start_date,condition_source_value\n" + "".join(f"1,0,{t},C{i}\n" for i, t in enumerate(texts))
 def ids(series, dtype=None): return pl.Series(series, dtype=dtype, strict=False)
-def zipped(name, cut): return lambda folder: (folder / f"{name}.csv.gz").write_bytes(gzip.compress(GOOD[name].encode() * 3000)[:cut])
+def zipped(name, cut): return lambda folder: (folder / f"{name}.csv.gz").write_bytes(gzip.compress(GOOD[name].encode() * 30)[:cut])
 def files(**contents): return lambda folder: [(folder / name.replace("_dot_", ".")).write_bytes(c) for name, c in contents.items()]
 
 
 def damaged(folder):
     "A Parquet file with a page overwritten in the middle."
     path = folder / f"{CONDITIONS}.parquet"
-    pl.concat([frame(CONDITIONS)] * 5000).with_columns(condition_source_value=pl.int_range(pl.len()).hash().cast(pl.String)).write_parquet(path, row_group_size=3000)
+    pl.concat([frame(CONDITIONS)] * 300).with_columns(condition_source_value=pl.int_range(pl.len()).hash().cast(pl.String)).write_parquet(path, row_group_size=200)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2:len(data) // 2 + 3000] = b"\xff" * 3000
+    data[len(data) // 2:len(data) // 2 + 600] = b"\xff" * 600
     path.write_bytes(bytes(data))
 
 

@@ -71,11 +71,13 @@ def tables(version):
 
 def typed(text):
     "A CSV as a frame with the types that a database would have."
-    frame = pl.read_csv(text.encode(), infer_schema=False)
-    kind = lambda c: pl.Int64 if c.endswith("_id") or c.endswith("_of_birth") else pl.Float64 if c == "value_as_number" else pl.Datetime("us") if c.endswith("datetime") else pl.Date if c.endswith("date") else pl.String
-    read = {pl.Datetime("us"): lambda c: pl.col(c).str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us"), pl.Date: lambda c: pl.col(c).str.to_date()}
-    numbers = [c for c in frame.columns if c.endswith("_id") and frame[c].drop_nulls().str.contains(r"^-?\d+$").all() or kind(c) == pl.Int64 and not c.endswith("_id") or kind(c) == pl.Float64]
-    return frame.with_columns([pl.col(c).cast(kind(c)) if c in numbers else read[kind(c)](c) for c in frame.columns if c in numbers or kind(c) in read])
+    frame, types = pl.read_csv(text.encode(), infer_schema=False), {}
+    for c in frame.columns:
+        if c.endswith("datetime"): types[c] = pl.col(c).str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us")
+        elif c.endswith("date"): types[c] = pl.col(c).str.to_date()
+        elif c == "value_as_number": types[c] = pl.col(c).cast(pl.Float64)
+        elif c.endswith("_of_birth") or c.endswith("_id") and c not in ("vocabulary_id", "domain_id", "production_id"): types[c] = pl.col(c).cast(pl.Int64)
+    return frame.with_columns(**types)
 
 
 def as_csv(folder, data):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #49aaec7d
+# %% ../nbs/02c_prepare.ipynb #0e7cee27
 import dataclasses
 import json
 import re
@@ -24,7 +24,7 @@ from .databases import is_url
 from .events import set_aside_impossible, sort_events
 from .files import scan_file
 from .jobs import whole_file, workers
-from .readers import meds_frame, meds_shards, meds_splits, open_events
+from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, open_events
 from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
                                       fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
 
@@ -112,7 +112,7 @@ def _shared_patients(files):
     ids = pl.concat([pl.scan_parquet(f).select(pl.col("^(subject_id|patient_id)$").cast(pl.Int64).alias("id").unique()) for f in files]).collect()["id"]
     return len(ids) - ids.n_unique()
 
-# %% ../nbs/02c_prepare.ipynb #4ac56f43
+# %% ../nbs/02c_prepare.ipynb #298e77b8
 def _gather(config, source, work, say):
     "The shards as a list of files, and what is known about the source. Deals the events out if they do not come in shards."
     done = work/"gathered.json"
@@ -121,19 +121,22 @@ def _gather(config, source, work, say):
     files = meds_shards(config.source) if source.format == "meds" else []
     large = any(pa.parquet.read_metadata(f).num_rows > _LARGE_FILE for f in files)
     shared = 0 if large or len(files) < 2 else _shared_patients(files)
-    if files and not large and not shared: account, files = {}, [str(f.resolve()) for f in files]
+    if files and not large and not shared:
+        keys, files = [meds_key(f, config.source) for f in files], [str(f.resolve()) for f in files]
+        source.account.names |= meds_names(config.source)
     else:
+        keys = None
         shutil.rmtree(work/"events", ignore_errors=True)
         (work/"events").mkdir()
         _deal_out(source.frames(), work/"events", config.n_shards)
         files = [str(work/"events"/f"{k:05d}.arrows") for k in range(config.n_shards)]
     account = {"rows_read": source.account.rows_read, "set_aside": dict(source.account.set_aside), "notes": list(source.account.notes), "names": source.account.names}
     if shared: account["notes"].append(f"{shared:,} patients are in more than one file; their events were brought together.")
-    gathered = {"files": files, "name": source.name, "format": source.format} | account
+    gathered = {"files": files, "keys": keys, "name": source.name, "format": source.format} | account
     with whole_file(done) as partial: partial.write_text(json.dumps(gathered), encoding="utf-8")
     return gathered
 
-# %% ../nbs/02c_prepare.ipynb #d5f4ad66
+# %% ../nbs/02c_prepare.ipynb #d17a0924
 def _read_shard(file):
     "The events of a shard."
     if not file.endswith(".arrows"): return meds_frame(Path(file))
@@ -145,11 +148,12 @@ def _index_shard(job):
     target = Path(job["work"])/"records"/job["name"]
     if not target.with_suffix(".json").exists():
         events = _read_shard(job["file"])
-        n_rows, n_patients = len(events), events["subject_id"].n_unique()
+        facts = {"rows": len(events)} if job["file"].endswith(".arrows") else meds_facts(job["file"], events)
+        n_patients = events["subject_id"].n_unique()
         events, set_aside = set_aside_impossible(sort_events(events))
         records = index_records(events, job["exclude"], job["roll_up"])
         records.save(target.with_suffix(".npz"))
-        account = {"rows": n_rows, "patients": n_patients, "with_visits": len(records), "events": len(records.codes) + len(records.static_codes), "set_aside": set_aside}
+        account = facts | {"patients": n_patients, "with_visits": len(records), "events": len(records.codes) + len(records.static_codes), "set_aside": set_aside}
         with whole_file(target.with_suffix(".json")) as partial: partial.write_text(json.dumps(account))
     return job["name"]
 
@@ -232,46 +236,46 @@ def _stamp(source):
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     return [[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
-# %% ../nbs/02c_prepare.ipynb #7bf7f139
+# %% ../nbs/02c_prepare.ipynb #226b59c4
 def _jobs(config, gathered, work):
     "One job for each shard."
     return [{"work": str(work), "name": f"{k:05d}", "file": file, "exclude": config.exclude, "roll_up": config.roll_up, "deduplicate": config.deduplicate}
             for k, file in enumerate(gathered["files"])]
 
 
-def _set_splits(config, gathered, jobs):
+def _set_splits(config, gathered, given, jobs):
     "Give each job the splits of its patients: those of the source, else drawn. Returns how they came about."
     ids = []
     for job in jobs:
         with np.load(Path(job["work"])/"records"/f"{job['name']}.npz") as arrays: ids.append(arrays["subject_ids"])
     every = np.concatenate(ids)
     if not len(every): raise ValueError(f"{gathered['name']}: no event has a time, so there are no visits.")
-    given = meds_splits(config.source) if gathered["format"] == "meds" else None
     splits = draw_splits(every, config.fractions, config.seed) if given is None else known_splits(every, given)
     if not (splits == SPLITS.index("train")).any(): raise ValueError(f"{gathered['name']}: no training patient among {len(every):,}. The vocabulary is fitted on training patients.")
     for job, part in zip(jobs, np.split(splits, np.cumsum([len(i) for i in ids])[:-1])): job["splits"] = part
     return "drawn at random" if given is None else "those of the source"
 
 
-def _account(gathered, jobs):
+def _account(gathered, splits, jobs):
     "What was read and set aside, over all shards."
     shards = [json.loads((Path(j["work"])/"records"/f"{j['name']}.json").read_text()) for j in jobs]
     total = {name: sum(s[name] for s in shards) for name in ("rows", "patients", "with_visits", "events")}
     set_aside = dict(gathered["set_aside"])
     for shard in shards:
         for reason, n in shard["set_aside"].items(): set_aside[reason] = set_aside.get(reason, 0) + n
-    rows_read = gathered["rows_read"] or {Path(j["file"]).name: s["rows"] for j, s in zip(jobs, shards)}
-    return {"source": gathered["name"], "format": gathered["format"], "rows_read": rows_read, "set_aside": set_aside, "notes": gathered["notes"],
+    rows_read, notes = gathered["rows_read"], gathered["notes"]
+    if gathered["keys"]: rows_read, notes = {key: s["rows"] for key, s in zip(gathered["keys"], shards)}, meds_notes(shards, splits)
+    return {"source": gathered["name"], "format": gathered["format"], "rows_read": rows_read, "set_aside": set_aside, "notes": notes,
             "patients_without_visit": total["patients"] - total["with_visits"], "events": total["events"]}
 
-# %% ../nbs/02c_prepare.ipynb #33f86f88
+# %% ../nbs/02c_prepare.ipynb #5c471240
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
         gathered = _gather(config, source, work, say)
         jobs, show = _jobs(config, gathered, work), say is print
         for _ in run(_index_shard, jobs, "reading", show): pass
-        origin = _set_splits(config, gathered, jobs)
+        origin = _set_splits(config, gathered, source.splits, jobs)
         for _ in run(_values_of_shard, jobs, "counting values", show): pass
         edges = fit_value_edges(add_counts(pl.read_parquet(work/"values"/f"{j['name']}.parquet") for j in jobs), config.n_value_bins, config.min_patients)
         with whole_file(work/"edges.json") as partial: partial.write_text(json.dumps(edges), encoding="utf-8")
@@ -281,7 +285,7 @@ def _fill_store(config, source, work, say):
         with whole_file(work/"vocabulary.json") as partial: partial.write_text(vocabulary.to_json(), encoding="utf-8")
         for _ in run(_tokenize_shard, jobs, "tokenising", show): pass
     options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema", "columns", "names")}
-    meta = {"schema_version": SCHEMA_VERSION} | _account(gathered, jobs) | {"split": origin, "options": options}
+    meta = {"schema_version": SCHEMA_VERSION} | _account(gathered, source.splits, jobs) | {"split": origin, "options": options}
     (work/"store").mkdir(exist_ok=True)
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)
     return work

@@ -315,13 +315,14 @@ def finish_table(frames, people, account, format, names, concepts=None):
     return EventTable(events, {c: n for c, n in names.items() if c in used}, concepts or {}, account.rows_read,
                       dict(account.set_aside), account.notes, source=name, format=format)
 
-# %% ../nbs/00b_tables.ipynb #64d6d0c3
+# %% ../nbs/00b_tables.ipynb #a767b8bc
 @dataclass
 class EventSource:
     "Events that are read piece by piece, with their account."
     format: str # "omop", "synthea", "meds" or "table"
     tables: object # set of tables, as `open_tables` gives it
     read: Callable # account -> iterator of frames with the columns of `SCHEMA`
+    splits: pl.DataFrame | None = None # subject_id and split, where the source comes with one
     account: Account = field(init=False) # of the latest reading; complete once its frames are exhausted
 
     def __post_init__(self): self.account = Account(self.tables)
@@ -339,4 +340,6 @@ class EventSource:
     def table(self, rows: int = CHUNK_ROWS) -> EventTable: # sorted and cleaned, all in memory
         "Read the whole source."
         frames = list(self.frames(rows))
-        return finish_table(frames, None, self.account, self.format, self.account.names, self.account.concepts)
+        table = finish_table(frames, None, self.account, self.format, self.account.names, self.account.concepts)
+        table.splits = self.splits
+        return table

@@ -4,7 +4,7 @@
 
 Prints, and writes to benchmarks/results/data_layer.md:
 - `ehrseq_prepare` on 10 million events of 100,000 patients in 20 shards: wall time, events a second, peak memory of all its processes;
-- a plain pandas group-by that makes the same store, on two of the shards, in the same run;
+- pandas making the same store of two of the shards, in the same run: a plain loop over groups, and aggregations where pandas has them;
 - the same command on five times the events (and patients);
 - opening the store, and a shuffled epoch of batches from one process.
 """
@@ -22,11 +22,13 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import psutil
+import pyarrow as pa
+import pyarrow.ipc
 import torch
 from fastcore.script import call_parse
 
 from ehr_sequencing.batches import BatchLoader
-from ehr_sequencing.sequences import SPECIAL_TOKENS, SPLITS, UNK, load_sequences
+from ehr_sequencing.sequences import SPECIAL_TOKENS, SPLITS, STORE_SCHEMA, UNK, load_sequences
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data_layer.md"
 N_CODES, N_LABS = 15_000, 500
@@ -60,18 +62,48 @@ def write_meds(folder, n_patients, n_events, n_shards, seed=0):
     return folder
 
 
-def pandas_store(files, n_value_bins=10, min_patients=5):
-    "The store of these files as plain pandas makes it: a list of visits for each patient, each a start and a list of token ids. Training patients: those under data/train."
-    frame = pd.concat([pd.read_parquet(f).assign(train=f.parent.name == "train") for f in files])
-    born = frame[frame.code == "MEDS_BIRTH"].groupby("subject_id").time.min().dt.normalize()
-    frame = frame[frame.code != "MEDS_BIRTH"]
-    frame = frame[~(frame.time.dt.normalize() < frame.subject_id.map(born))].copy()
+def by_loop(frame):
+    "Visits of each patient, and facts without a time: a loop over patients and, in each, over days."
+    rows, facts = {}, {}
+    for subject, person in frame.groupby("subject_id"):
+        facts[subject] = list(dict.fromkeys(person[person.day.isna()].id))
+        codes, offsets, starts, known = [], [], [], []
+        for _, visit in person.groupby("day"):
+            offsets.append(len(codes))
+            codes += dict.fromkeys(visit.id)
+            starts.append(visit.time.min())
+            known.append(max(visit.time.max(), known[-1]) if known else visit.time.max())
+        rows[subject] = (codes, offsets, starts, known)
+    patients = pd.DataFrame.from_dict(rows, orient="index", columns=["codes", "visit_offsets", "visit_starts", "visit_known"])
+    return patients.rename_axis("subject_id"), pd.Series(facts)
+
+
+def by_aggregation(frame):
+    "The same, with pandas aggregating wherever it can."
+    visits = frame.dropna(subset="day").groupby(["subject_id", "day"]).agg(start=("time", "min"), end=("time", "max"), tokens=("id", lambda x: list(dict.fromkeys(x)))).reset_index()
+    visits["known"] = visits.groupby("subject_id").end.cummax()
+    visits["length"] = visits.tokens.map(len)
+    visits["offset"] = visits.groupby("subject_id").length.cumsum() - visits.length
+    patients = visits.groupby("subject_id").agg(codes=("tokens", lambda x: [t for visit in x for t in visit]), visit_offsets=("offset", list), visit_starts=("start", list), visit_known=("known", list))
+    return patients, frame[frame.day.isna()].groupby("subject_id").id.agg(lambda x: list(dict.fromkeys(x)))
+
+
+def pandas_store(files, path, loop, n_value_bins=10, min_patients=5):
+    """The store of these files as pandas makes it, written to `path`. The split is the folder of a file. Returns the token names.
+
+    With `loop`, a plain loop over the groups of patients and days, as most published preprocessing has it; without, aggregations as far as pandas has them."""
+    frame = pd.concat([pd.read_parquet(f).assign(split=SPLITS.index(f.parent.name)) for f in files], ignore_index=True)
     frame["day"] = frame.time.dt.normalize()
-    with_visits = frame.dropna(subset="day").subject_id.unique()
-    frame = frame[frame.subject_id.isin(with_visits)]
-    frame = frame.sort_values(["subject_id", "time", "code", "numeric_value"], na_position="first", kind="stable")
-    edges = {}
-    for code, group in frame[frame.train].dropna(subset="numeric_value").groupby("code"):
+    is_birth, is_death = frame.code == "MEDS_BIRTH", frame.code == "MEDS_DEATH"
+    births, deaths = frame[is_birth].groupby("subject_id").time.min(), frame[is_death].groupby("subject_id").time.min()
+    outside = (frame.day < frame.subject_id.map(births).dt.normalize()) | (frame.day > frame.subject_id.map(deaths).dt.normalize())
+    frame = frame[~outside & ~is_birth & ~is_death]
+    last = frame.groupby("subject_id").time.max()
+    people = frame.groupby("subject_id").split.first().to_frame()
+    people = people[people.index.isin(frame.subject_id[frame.day.notna()])]
+    frame = frame[frame.subject_id.isin(people.index)].sort_values(["subject_id", "time", "code", "numeric_value"], na_position="first", kind="stable")
+    train, edges = frame.split == 0, {}
+    for code, group in frame[train].dropna(subset="numeric_value").groupby("code"):
         if len(group) >= 20 and group.subject_id.nunique() >= min_patients:
             values = np.sort(group.numeric_value.to_numpy())
             edges[code] = sorted({values[int(np.floor(i / n_value_bins * (len(values) - 1) + 0.5))] for i in range(1, n_value_bins)})
@@ -79,19 +111,22 @@ def pandas_store(files, n_value_bins=10, min_patients=5):
     valued = frame.numeric_value.notna() & frame.code.isin(edges)
     bins = frame[valued].groupby("code").numeric_value.transform(lambda x: np.searchsorted(edges[x.name], x.to_numpy(), side="right") + 1)
     frame.loc[valued, "token"] = frame.code[valued] + "//Q" + bins.astype(int).astype(str)
-    counts = frame[frame.train].groupby("token").subject_id.agg(["size", "nunique"])
+    counts = frame[train].groupby("token").subject_id.agg(["size", "nunique"])
     counts = counts[counts["nunique"] >= min_patients].reset_index().sort_values(["size", "token"], ascending=[False, True])
     ids = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *counts.token])}
     frame["id"] = frame.token.map(ids).fillna(UNK).astype(int)
-    visits = frame.dropna(subset="day").groupby(["subject_id", "day"]).agg(start=("time", "min"), tokens=("id", lambda x: list(dict.fromkeys(x))))
-    patients = visits.reset_index().groupby("subject_id").agg(starts=("start", list), tokens=("tokens", list))
-    patients["static"] = frame[frame.day.isna()].groupby("subject_id").id.agg(lambda x: list(dict.fromkeys(x)))
-    return patients, list(ids)
+    patients, static = (by_loop if loop else by_aggregation)(frame)
+    patients = patients.join(people).join(static.rename("static_codes")).join(births.rename("birth")).join(deaths.rename("death")).join(last.rename("observation_end")).reset_index()
+    patients["static_codes"] = [x if isinstance(x, list) else [] for x in patients.static_codes]
+    patients["observation_end"] = patients[["observation_end", "death"]].min(axis=1)
+    table = pa.table({name: pa.array(patients[name], type=kind) for name, kind in zip(STORE_SCHEMA.names, STORE_SCHEMA.types)})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer: writer.write_table(table)
+    return list(ids)
 
 
 class PeakMemory:
-    "The largest sum of resident memory of a process and its children, pages that they share counted once for each."
-    def __init__(self, pid): self.process, self.peak, self.stop = psutil.Process(pid), 0, threading.Event()
+    "The largest sums over a process and its children of resident memory, and of the part of it that is no mapped file (which the system can drop)."
+    def __init__(self, pid): self.process, self.resident, self.private, self.stop = psutil.Process(pid), 0, 0, threading.Event()
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.watch)
@@ -100,33 +135,33 @@ class PeakMemory:
 
     def watch(self):
         while not self.stop.wait(0.05):
-            total = 0
+            resident = private = 0
             try:
                 for process in [self.process, *self.process.children(recursive=True)]:
-                    try: total += process.memory_info().rss
-                    except psutil.NoSuchProcess: pass
+                    try: memory = process.memory_info()
+                    except psutil.NoSuchProcess: continue
+                    resident, private = resident + memory.rss, private + memory.rss - memory.shared
             except psutil.NoSuchProcess: return
-            self.peak = max(self.peak, total)
+            self.resident, self.private = max(self.resident, resident), max(self.private, private)
 
     def __exit__(self, *_): self.stop.set(); self.thread.join()
 
 
 def prepare(source, store, *options):
-    "Run the command: seconds, peak bytes."
+    "Run the command: seconds, peak bytes resident, and of these private."
     shutil.rmtree(store, ignore_errors=True)
     began = time.perf_counter()
     command = subprocess.Popen([Path(sys.executable).parent / "ehrseq_prepare", source, store, *map(str, options)], stdout=subprocess.DEVNULL)
     with PeakMemory(command.pid) as memory: status = command.wait()
     if status: sys.exit(f"ehrseq_prepare ended with status {status}")
-    return time.perf_counter() - began, memory.peak
+    return time.perf_counter() - began, memory.resident, memory.private
 
 
-def same(store, frame, tokens):
-    "Stop unless a store holds what pandas made."
-    assert store.vocabulary.tokens == tokens and store.subject_ids.tolist() == frame.index.tolist()
-    assert store.tokens.tolist() == [t for visits in frame.tokens for visit in visits for t in visit]
-    assert store.visit_starts.tolist() == [s.to_pydatetime() for starts in frame.starts for s in starts]
-    assert store.static_tokens.tolist() == [t for static in frame.static for t in static]
+def same(store, file, tokens):
+    "Stop unless a store holds what pandas wrote."
+    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    assert store.vocabulary.tokens == tokens
+    for column in table.column_names: assert store.table.column(column).combine_chunks().equals(table.column(column).combine_chunks()), column
 
 
 def opening(store):
@@ -167,26 +202,27 @@ def main(
         (slice_folder / "data" / split).mkdir(parents=True)
         shutil.copy(source / "data" / split / f"{name}.parquet", slice_folder / "data" / split)
     files = sorted(slice_folder.rglob("*.parquet"))
-    began = time.perf_counter()
-    frame, tokens = pandas_store(sorted(files, key=lambda f: f.name))
-    pandas_seconds = time.perf_counter() - began
-    slice_rows = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in files)
+    slice_rows, speeds = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in files), {}
+    for label, loop in (("pandas, a plain loop over groups", True), ("pandas, aggregated where it can", False)):
+        began = time.perf_counter()
+        tokens = pandas_store(files, folder / f"pandas-{loop}.arrow", loop)
+        speeds[label] = time.perf_counter() - began
     prepare(slice_folder, folder / "slice-store")
-    same(load_sequences(folder / "slice-store"), frame, tokens)
-    del frame
+    for loop in (True, False): same(load_sequences(folder / "slice-store"), folder / f"pandas-{loop}.arrow", tokens)
     runs = [prepare(source, folder / "store") for _ in range(3)]
-    seconds, memory = float(np.median([r[0] for r in runs])), max(r[1] for r in runs)
-    say("| what | events | seconds | events a second | peak memory, GB |\n|---|---|---|---|---|")
-    say(f"| plain pandas group-by, two shards | {slice_rows:,} | {pandas_seconds:.1f} | {slice_rows / pandas_seconds:,.0f} | |")
-    say(f"| `ehrseq_prepare`, 20 shards (median of 3) | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {memory / 1e9:.2f} |")
+    seconds, memory, private = float(np.median([r[0] for r in runs])), max(r[1] for r in runs), max(r[2] for r in runs)
+    say("| what | events | seconds | events a second | peak memory of all processes, GB | of it not mapped files |\n|---|---|---|---|---|---|")
+    for label, spent in speeds.items(): say(f"| {label}, two shards | {slice_rows:,} | {spent:.1f} | {slice_rows / spent:,.0f} | | |")
+    say(f"| `ehrseq_prepare`, 20 shards (median of 3) | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {memory / 1e9:.2f} | {private / 1e9:.2f} |")
     if not skip_large:
         large = folder / f"meds-{5 * n}"
         if not large.exists(): write_meds(large, 5 * patients, 5 * n, 100, seed=1)
         large_rows = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in large.rglob("*.parquet"))
-        large_seconds, large_memory = prepare(large, folder / "large-store")
-        say(f"| `ehrseq_prepare`, 100 shards | {large_rows:,} | {large_seconds:.1f} | {large_rows / large_seconds:,.0f} | {large_memory / 1e9:.2f} |")
-    say(f"\nOn the two shards pandas makes the same store, token for token. `ehrseq_prepare` is {rows / seconds / (slice_rows / pandas_seconds):.1f} times as fast an event.")
-    if not skip_large: say(f"Five times the events take {large_seconds / seconds:.2f} times as long, with {large_memory / memory:.2f} times the memory.")
+        large_seconds, large_memory, large_private = prepare(large, folder / "large-store")
+        say(f"| `ehrseq_prepare`, 100 shards | {large_rows:,} | {large_seconds:.1f} | {large_rows / large_seconds:,.0f} | {large_memory / 1e9:.2f} | {large_private / 1e9:.2f} |")
+    ratios = [rows / seconds / (slice_rows / spent) for spent in speeds.values()]
+    say(f"\nOn the two shards both ways of pandas make the same store, number for number. For each event `ehrseq_prepare` takes {1 / ratios[0]:.3f} of the time of the loop ({ratios[0]:.0f} times as fast) and {1 / ratios[1]:.2f} of that of the aggregations ({ratios[1]:.1f} times as fast).")
+    if not skip_large: say(f"Five times the events take {large_seconds / seconds:.2f} times as long, with {large_private / private:.2f} times the memory that is not mapped files.")
     say(f"\nOpening the store of {rows:,} events takes {opening(folder / 'store'):.1f} ms.\n")
     say("| a shuffled epoch, one process | tokens a second | padding | batches |\n|---|---|---|---|")
     for label, keywords in (("flat and hierarchical tensors, budget 8,192", {}), ("flat tensors only, budget 8,192", {"layout": "flat"}), ("flat and hierarchical tensors, budget 32,768", {"token_budget": 32768}),

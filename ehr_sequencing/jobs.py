@@ -71,7 +71,7 @@ class Progress:
         "Finish the bar."
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/00a_jobs.ipynb #e270f298
+# %% ../nbs/00a_jobs.ipynb #912cadb4
 @contextlib.contextmanager
 def _backend(n_jobs, cluster):
     "The joblib backend: processes here, or the workers of a Dask cluster."
@@ -87,7 +87,7 @@ def _backend(n_jobs, cluster):
         return
     try: from distributed import Client
     except ImportError: raise ImportError("A Dask cluster needs dask and distributed. Install them with: pip install 'ehr_sequencing[cluster]'") from None
-    try: client = Client(cluster, timeout="20s", set_as_default=False)
+    try: client = Client(cluster, timeout="10s", set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise ConnectionError(f"cluster: no Dask scheduler answers at {cluster} ({type(error).__name__}). Start one with `dask scheduler` and give its address, such as tcp://host:8786.") from None
     with client:

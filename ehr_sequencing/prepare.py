@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #0e7cee27
+# %% ../nbs/02c_prepare.ipynb #90b77ae7
 import dataclasses
 import json
 import re
@@ -25,7 +25,7 @@ from .events import set_aside_impossible, sort_events
 from .files import scan_file
 from .jobs import whole_file, workers
 from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, open_events
-from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
+from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, StoreArrays, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
                                       fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
 
 # %% ../nbs/02c_prepare.ipynb #b99b315a
@@ -185,14 +185,14 @@ def _tokenize_shard(job):
         write_sequences(target, [tokenize_records(records, vocabulary, job["splits"], job["deduplicate"])])
     return job["name"]
 
-# %% ../nbs/02c_prepare.ipynb #50f016ce
+# %% ../nbs/02c_prepare.ipynb #cac257b0
 def _open_rows(file): return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
 
 def _ordered_blocks(files, block_rows=16384):
     "Rows of several files as tables, ordered by subject id over all of them."
     tables = [_open_rows(f) for f in files]
-    ids = [t.column("subject_id").to_numpy() for t in tables]
+    ids = [StoreArrays(t, None).subject_ids for t in tables]
     filled = [i for i in range(len(ids)) if len(ids[i])]
     if all(ids[a][-1] < ids[b][0] for a, b in zip(filled, filled[1:])):
         yield from tables

@@ -7,15 +7,14 @@ __all__ = ['SPLITS', 'FORMATS', 'meds_shards', 'meds_split_of', 'meds_frame', 'm
            'meds_notes', 'meds_key', 'meds_source', 'read_meds', 'table_source', 'read_table', 'detect_format',
            'open_events', 'read_events']
 
-# %% ../nbs/01_readers.ipynb #9fe0ed6c
+# %% ../nbs/01_readers.ipynb #e5857097
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import polars as pl
 
 from .databases import is_url
-from .events import BIRTH, SCHEMA, EventTable, check_column_type, column_list, event_table
+from .events import BIRTH, SCHEMA, EventTable, check_column_type, column_list, event_table, is_pandas
 from .files import Folder, by_lower_case, scan_file
 from .omop import OMOP_TABLES, eunomia_path, omop_source, read_omop
 from .synthea import read_synthea, synthea_source
@@ -226,7 +225,7 @@ def read_meds(
     "Read data in the Medical Event Data Standard. Raises `FileNotFoundError`, or `ValueError`/`TypeError` naming file and column."
     return meds_source(path).table()
 
-# %% ../nbs/01_readers.ipynb #021ea9b3
+# %% ../nbs/01_readers.ipynb #8da45ba9
 _TEXT_SUFFIXES, _ARROW_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz"), (".arrow", ".feather", ".ipc")
 
 
@@ -251,7 +250,7 @@ class _OneFrame:
     def chunks(self, name, columns, rows):
         "Frames of at most `rows` rows; no error shows a value."
         source = self.source
-        if isinstance(source, pd.DataFrame): source = pl.DataFrame([_from_pandas(source[c], self.name) for c in columns])
+        if is_pandas(source): source = pl.DataFrame([_from_pandas(source[c], self.name) for c in columns])
         elif not isinstance(source, (pl.DataFrame, pl.LazyFrame)): source = pl.from_arrow(source.select(columns))
         try: yield from source.lazy().select(columns).collect_batches(chunk_size=rows, maintain_order=True)
         except (pl.exceptions.PolarsError, OSError) as error: raise self._unreadable(error) from None
@@ -266,7 +265,7 @@ def _from_pandas(series, where):
 
 def _one_table(source):
     "Any table as a set of tables with one table."
-    if isinstance(source, (pl.LazyFrame, pl.DataFrame, pd.DataFrame)) or hasattr(source, "column_names"): return _OneFrame(source)
+    if isinstance(source, (pl.LazyFrame, pl.DataFrame)) or is_pandas(source) or hasattr(source, "column_names"): return _OneFrame(source)
     if not isinstance(source, (str, Path)): raise TypeError(f"source: expected a polars, pandas or Arrow table, or a path, got {type(source).__name__}")
     path, name = Path(source), str(source).lower()
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")

@@ -136,7 +136,7 @@ MEDS_READ = {  # name -> frames, keywords, what is true of the table
     "names of 2024": ([GOOD.rename({"subject_id": "patient_id", "time": "timestamp", "numeric_value": "numerical_value"})], {}, lambda t: t.events["numeric_value"].sum() == 3.5),
     "names of MEDS Flat": ([GOOD.rename({"subject_id": "patient_id", "numeric_value": "value"})], {}, lambda t: t.events["numeric_value"].sum() == 3.5),
     "both old and new name": ([frame(patient_id=[1, 1, 1], value=[7.0, 7.0, 7.0])], {}, lambda t: t.n_patients == 2 and t.events["numeric_value"].sum() == 3.5),
-    "splits counted": ([GOOD], {"subject_splits": splits((ID, "train"), (ID + 1, "held_out"))}, lambda t: "subject_splits.parquet: 1 train, 1 held_out." in t.notes),
+    "splits counted": ([GOOD], {"subject_splits": splits((ID, "train"), (ID + 1, "held_out"))}, lambda t: "The split of the source is kept: 1 train, 1 held_out." in t.notes and sorted(t.splits["split"]) == ["held_out", "train"]),
     "shards in split folders": ([GOOD.head(1), GOOD[1:2]], {"names": IN_SPLITS}, lambda t: t.rows_read == {"held_out/0.parquet": 1, "train/0.parquet": 1}),
 }
 

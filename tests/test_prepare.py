@@ -14,9 +14,9 @@ import polars as pl
 import pytest
 from conftest import data_folder
 
-from ehr_sequencing.prepare import PrepareConfig, prepare_store
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.omop import eunomia_path
+from ehr_sequencing.prepare import PrepareConfig, prepare_store
 from ehr_sequencing.sequences import load_sequences
 
 COMMAND = Path(sys.executable).parent / "ehrseq_prepare"

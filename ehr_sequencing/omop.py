@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['OMOP_TABLES', 'omop_source', 'read_omop', 'eunomia_path']
 
-# %% ../nbs/00c_omop.ipynb #66a5da90
+# %% ../nbs/00c_omop.ipynb #eef24890
 import importlib.util
 from pathlib import Path
 
 import polars as pl
 
+from .databases import open_tables
 from .events import BIRTH, DEATH, OBSERVATION_END, VISIT_END, EventTable, column_list
-from .tables import ROW, Distinct, EventSource, first_row, integer_ids, open_tables, parse_times, static_facts, unique_people, unique_rows
+from .tables import ROW, Distinct, EventSource, first_row, integer_ids, parse_times, static_facts, unique_people, unique_rows
 
 # %% ../nbs/00c_omop.ipynb #377090e9
 OMOP_TABLES = {  # table -> (prefix of columns, prefix of the time columns, prefix of codes)

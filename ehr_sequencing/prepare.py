@@ -28,7 +28,7 @@ from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, m
 from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, StoreArrays, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
                                       fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
 
-# %% ../nbs/02c_prepare.ipynb #b99b315a
+# %% ../nbs/02c_prepare.ipynb #15a4df53
 @dataclass
 class PrepareConfig:
     "What to read and how to turn it into tokens."
@@ -61,7 +61,7 @@ class PrepareConfig:
         "What the result depends on; a password in a URL is left out."
         machine = ("store", "n_shards", "n_jobs", "cluster", "overwrite")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in machine}
-        values["source"] = re.sub("//.*@", "//", self.source) if is_url(self.source) else str(Path(self.source).resolve())
+        values["source"] = re.sub("/+.*@", "//", self.source) if is_url(self.source) else str(Path(self.source).resolve())
         return json.loads(json.dumps(values))
 
 # %% ../nbs/02c_prepare.ipynb #8a50950c

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['synthea_source', 'read_synthea']
 
-# %% ../nbs/00d_synthea.ipynb #f5b7c2f0
+# %% ../nbs/00d_synthea.ipynb #853d57b2
 import polars as pl
 
+from .databases import open_tables
 from .events import BIRTH, DEATH, VISIT_END, EventTable
-from .tables import ROW, EventSource, hashed_ids, open_tables, parse_times, static_facts, unique_people
+from .tables import ROW, EventSource, hashed_ids, parse_times, static_facts, unique_people
 
 # %% ../nbs/00d_synthea.ipynb #c6d2ef5c
 _SYNTHEA_TABLES = {  # table -> vocabulary where no SYSTEM is given, column of the code, of its description, of the value

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROW', 'first_row', 'shape_of', 'integer_ids', 'hashed_ids', 'parse_times', 'Ledger', 'static_facts', 'Account',
-           'unique_rows', 'unique_people', 'Distinct', 'finish_table', 'EventSource']
+           'unique_rows', 'unique_people', 'Distinct', 'EventSource']
 
-# %% ../nbs/00b_tables.ipynb #8e50e180
+# %% ../nbs/00b_tables.ipynb #3651ae22
 import hashlib
 import re
 from collections import Counter
@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from .databases import is_url, open_tables
 from .events import SCHEMA, EventTable, column_list, event_table, set_aside_impossible
-from .files import CHUNK_ROWS, Folder, scan_file
+from .files import CHUNK_ROWS
 
 # %% ../nbs/00b_tables.ipynb #38850ee9
 ROW = "__row__"  # the column of row numbers
@@ -155,7 +154,7 @@ class Ledger:
                 raise ValueError(f"{where}: no date in column {' or '.join(columns)} can be read; the first, in row {row}, has the form '{form}'. {_DATE_HELP}.")
         for key, ids in self._ids.pop(where, {}).items(): ids.check(where, key)
 
-# %% ../nbs/00b_tables.ipynb #849fd189
+# %% ../nbs/00b_tables.ipynb #93cb05cc
 def _is_among(values, ordered):
     "Whether each value is in a sorted Series; a search costs less than a new hash of all people for every piece."
     if not len(ordered): return pl.repeat(False, len(values), eager=True)
@@ -174,7 +173,6 @@ def _event_rows(account, where, subject, time, code, value=None, visit=None, row
     if account.people is not None:
         frame = account.without(frame, ~_is_among(frame["subject_id"], account.people), "event of a patient missing from the patient table", where)
     return frame.drop(ROW)
-
 
 
 def static_facts(subject, code):
@@ -280,7 +278,7 @@ def unique_people(frame, key, where, account):
     "One row a patient; rows without an id are put aside."
     return unique_rows(account.without(frame, frame[key].is_null(), f"{where}: no patient", where), key, where, account)
 
-# %% ../nbs/00b_tables.ipynb #5981d951
+# %% ../nbs/00b_tables.ipynb #3bbbac2d
 class Distinct:
     "The distinct rows of frames that come one after the other; memory stays near what is distinct."
     def __init__(self, schema): self._parts, self._least = [pl.DataFrame(schema=schema)], 0
@@ -301,21 +299,16 @@ class Distinct:
         return self._parts[0]
 
 
-def finish_table(frames, people, account, format, names, concepts=None):
-    "Join the frames, set aside what cannot be used, and return an `EventTable`."
-    events = pl.concat(frames)
-    name = getattr(account.tables, "name", None) or account.tables.path.name
-    if people is not None:
-        known = events["subject_id"].is_in(people.implode())
-        account.put_aside("event of a patient missing from the patient table", (~known).sum())
-        events = events.filter(known)
-    events, impossible = set_aside_impossible(event_table(events, where=name))
+def _finish_table(frames, account, format, splits):
+    "Join the frames, set aside what cannot be true, and return an `EventTable`."
+    name = account.tables.name
+    events, impossible = set_aside_impossible(event_table(pl.concat(frames), where=name))
     for reason, n in impossible.items(): account.put_aside(reason, n)
     used = set(events["code"].unique())
-    return EventTable(events, {c: n for c, n in names.items() if c in used}, concepts or {}, account.rows_read,
-                      dict(account.set_aside), account.notes, source=name, format=format)
+    names = {code: name for code, name in account.names.items() if code in used}
+    return EventTable(events, names, account.concepts, account.rows_read, dict(account.set_aside), account.notes, splits, name, format)
 
-# %% ../nbs/00b_tables.ipynb #a767b8bc
+# %% ../nbs/00b_tables.ipynb #d1a17989
 @dataclass
 class EventSource:
     "Events that are read piece by piece, with their account."
@@ -339,7 +332,4 @@ class EventSource:
 
     def table(self, rows: int = CHUNK_ROWS) -> EventTable: # sorted and cleaned, all in memory
         "Read the whole source."
-        frames = list(self.frames(rows))
-        table = finish_table(frames, None, self.account, self.format, self.account.names, self.account.concepts)
-        table.splits = self.splits
-        return table
+        return _finish_table(list(self.frames(rows)), self.account, self.format, self.splits)

@@ -28,7 +28,8 @@ import torch
 from fastcore.script import call_parse
 
 from ehr_sequencing.batches import BatchLoader
-from ehr_sequencing.sequences import SPECIAL_TOKENS, SPLITS, STORE_SCHEMA, UNK, load_sequences
+from ehr_sequencing.sequences import SPLITS, STORE_SCHEMA, load_sequences
+from ehr_sequencing.vocabulary import SPECIAL_TOKENS, UNK
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data_layer.md"
 N_CODES, N_LABS = 15_000, 500
@@ -166,7 +167,7 @@ def same(store, file, tokens):
 
 def opening(store):
     "Milliseconds to open a store, median of five fresh processes (imports not counted)."
-    code = f"import time; from ehr_sequencing.sequences import load_sequences; t = time.perf_counter(); s = load_sequences({str(store)!r}); s.vocabulary; print(1e3 * (time.perf_counter() - t))"
+    code = f"import time; from ehr_sequencing.sequences import load_sequences; t = time.perf_counter; s = load_sequences{strstore!r}; s.vocabulary; print1e3 * time.perf_counter - t"
     return float(np.median([float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(5)]))
 
 

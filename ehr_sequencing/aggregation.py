@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['pool_visits', 'assert_no_future_leakage']
 
-# %% ../nbs/07_aggregation.ipynb #7f0be9f5
+# %% ../nbs/07_aggregation.ipynb #d2d9105d
 import torch
 from torch import Tensor
 
-from .sequences import UNK
+from .vocabulary import UNK
 
 # %% ../nbs/07_aggregation.ipynb #1eebda4c
 def pool_visits(

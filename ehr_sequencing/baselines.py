@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['history_counts', 'landmark_ages', 'LandmarkFeatures', 'CoxBaseline']
 
-# %% ../nbs/14_baselines.ipynb #627af3af
+# %% ../nbs/14_baselines.ipynb #7fa9b134
 import warnings
 
 import numpy as np
@@ -15,7 +15,8 @@ from lifelines.exceptions import ConvergenceError
 
 from .metrics import concordance_index
 from .outcomes import Landmarks
-from .sequences import SPECIAL_TOKENS, SequenceStore
+from .sequences import SequenceStore
+from .vocabulary import SPECIAL_TOKENS
 
 # %% ../nbs/14_baselines.ipynb #3ed58ca0
 def history_counts(

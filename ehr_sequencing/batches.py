@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'windows', 'make_batch', 'BatchLoader']
 
-# %% ../nbs/02b_batches.ipynb #8037aaef
+# %% ../nbs/02b_batches.ipynb #32a02943
 import numpy as np
 import torch
 
-from .sequences import PAD, SequenceStore
+from .sequences import SequenceStore
+from .vocabulary import PAD
 
 # %% ../nbs/02b_batches.ipynb #64344a6d
 def windows(

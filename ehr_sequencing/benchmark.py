@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #b33ba90d
+# %% ../nbs/18_benchmark.ipynb #c2969417
 import dataclasses
 import json
 import platform
@@ -32,10 +32,11 @@ from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_land
 from .batches import BatchLoader
 from .jobs import whole_folder
 from .readers import read_events
-from .sequences import SPECIAL_TOKENS, SequenceStore, Vocabulary, build_store, fit_vocabulary
+from .sequences import SequenceStore, build_store
 from .survival import BEHRTForSurvival, SurvivalModel
 from .synthetic import OUTCOME_CODE, SyntheticCohort, oracle_risk, simulate_cohort
 from .training import Trainer, make_accelerator, plot_losses, to_device
+from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
 # %% ../nbs/18_benchmark.ipynb #84b01c73
 @dataclass

@@ -6,13 +6,13 @@
 __all__ = ['AgeEmbedding', 'VisitEmbedding', 'PositionalEmbedding', 'SinusoidalPositionalEncoding', 'time_features_of_tokens',
            'TimeEmbedding', 'BEHRTEmbedding']
 
-# %% ../nbs/05_embeddings.ipynb #b04fdd07
+# %% ../nbs/05_embeddings.ipynb #b3036785
 import math
 
 import torch
 from torch import Tensor, nn
 
-from .sequences import PAD
+from .vocabulary import PAD
 
 # %% ../nbs/05_embeddings.ipynb #14cf8912
 class AgeEmbedding(nn.Module):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MeanVisitEncoder', 'LSTMConfig', 'SurvivalLSTM']
 
-# %% ../nbs/12_lstm.ipynb #70c44bc2
+# %% ../nbs/12_lstm.ipynb #9489d030
 import dataclasses
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .behrt import check_sizes
 from .embeddings import AgeEmbedding, TimeEmbedding
-from .sequences import PAD
 from .survival import HazardHead, SurvivalModel
+from .vocabulary import PAD
 
 # %% ../nbs/12_lstm.ipynb #3dfdc1d1
 class MeanVisitEncoder(nn.Module):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #90b77ae7
+# %% ../nbs/02c_prepare.ipynb #8dd48209
 import dataclasses
 import json
 import re
@@ -25,8 +25,8 @@ from .events import set_aside_impossible, sort_events
 from .files import scan_file
 from .jobs import whole_file, workers
 from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, open_events
-from .sequences import (SCHEMA_VERSION, SPLITS, Records, SequenceStore, StoreArrays, Vocabulary, add_counts, count_tokens, count_values, draw_splits,
-                                      fit_value_edges, index_records, known_splits, load_sequences, make_vocabulary, roll_up_code, take_rows, tokenize_records, write_sequences, write_store)
+from .sequences import SCHEMA_VERSION, SPLITS, SequenceStore, StoreArrays, draw_splits, known_splits, load_sequences, take_rows, tokenize_records, write_sequences, write_store
+from .vocabulary import Records, Vocabulary, add_counts, count_tokens, count_values, fit_value_edges, index_records, make_vocabulary, roll_up_code
 
 # %% ../nbs/02c_prepare.ipynb #15a4df53
 @dataclass

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ehr_sequencing.batches import BatchLoader, make_batch
 from ehr_sequencing.events import SCHEMA, EventTable, event_table
 from ehr_sequencing.prepare import PrepareConfig, prepare_store
-from ehr_sequencing.sequences import build_store, fit_vocabulary, load_sequences
+from ehr_sequencing.sequences import build_store, load_sequences
+from ehr_sequencing.vocabulary import fit_vocabulary
 
 NO_DAY = datetime.date(1, 1, 1)
 CODES = st.one_of(st.sampled_from(["A", "B", "LAB", "LAB//Q1", "VISIT_END", "MEDS_BIRTH", "OBSERVATION_END", "é, \"ü\"\n", "ICD10CM//I50.9"]), st.text(min_size=1, max_size=3))

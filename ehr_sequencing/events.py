@@ -254,7 +254,7 @@ def follow_up(
     return frame.select("subject_id", "birth", "death",
                         observation_end=pl.min_horizontal("last", "death")).sort("subject_id")
 
-# %% ../nbs/00_events.ipynb #acfae741
+# %% ../nbs/00_events.ipynb #bfd34abe
 def _quartiles(series):
     "Median and quartiles as text."
     if not len(series): return "none"
@@ -264,7 +264,7 @@ def _quartiles(series):
 
 def cohort_summary(
     table: EventTable, # events with provenance
-) -> "pd.DataFrame": # one column `value`, indexed by quantity
+): # -> pandas data frame: one column `value`, indexed by quantity
     "Count patients, visits, events and codes, and describe visits, codes per visit and follow-up."
     events = table.events
     visits, people = visit_table(events), follow_up(events)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['whole_file', 'whole_folder', 'Progress', 'workers']
 
-# %% ../nbs/00a_jobs.ipynb #26bd7a5a
+# %% ../nbs/00a_jobs.ipynb #d64f9219
 import contextlib
 import math
 import os
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import joblib
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 # %% ../nbs/00a_jobs.ipynb #f8acbada
@@ -71,7 +72,7 @@ class Progress:
         "Finish the bar."
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/00a_jobs.ipynb #912cadb4
+# %% ../nbs/00a_jobs.ipynb #6435e868
 @contextlib.contextmanager
 def _backend(n_jobs, cluster):
     "The joblib backend: processes here, or the workers of a Dask cluster."
@@ -82,6 +83,7 @@ def _backend(n_jobs, cluster):
         try:
             with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=threads): yield
         finally:
+            get_reusable_executor().shutdown(wait=True)  # else idle processes keep their memory, and what they inherited, for minutes
             if before is None: del os.environ["POLARS_MAX_THREADS"]
             else: os.environ["POLARS_MAX_THREADS"] = before
         return
@@ -107,7 +109,7 @@ def workers(
         items, progress = list(items), None
         if items: progress = Progress(len(items), label, show, lines=4)
         if len(items) <= 1 or (n_jobs == 1 and cluster is None): results = map(function, items)
-        else: results = joblib.Parallel(return_as="generator_unordered")(joblib.delayed(function)(item) for item in items)
+        else: results = joblib.Parallel(return_as="generator_unordered", max_nbytes=None)(joblib.delayed(function)(item) for item in items)
         for result in results:
             progress.step()
             yield result

@@ -310,7 +310,7 @@ def build_store(
         "deduplicate": deduplicate, "rows_read": table.rows_read, "set_aside": table.set_aside, "notes": table.notes} | _counts(store)
     return store
 
-# %% ../nbs/02_sequences.ipynb #4761e1e9
+# %% ../nbs/02_sequences.ipynb #92ac6dce
 _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
@@ -325,7 +325,7 @@ def _distributions(store):
 
 def describe_store(
     store: SequenceStore, # what to describe
-) -> "pd.DataFrame": # a row for each quantity; counts in column `total`, and mean and quantiles where it varies
+): # -> pandas data frame: a row for each quantity; counts in column `total`, and mean and quantiles where it varies
     "Count patients, visits, tokens and vocabulary, and describe visits per patient, codes per visit, gaps and history."
     rows = {"patients": {"total": len(store)}, "visits": {"total": len(store.visit_starts)}, "tokens": {"total": len(store.tokens)},
             "unknown tokens": {"total": int((store.tokens == UNK).sum())}, "static tokens": {"total": len(store.static_tokens)}, "vocabulary": {"total": len(store.vocabulary)}}

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'windows', 'make_batch', 'BatchLoader']
 
-# %% ../nbs/02b_batches.ipynb #32a02943
+# %% ../nbs/02b_batches.ipynb #e022194e
 import numpy as np
 import torch
 
-from .sequences import SequenceStore
+from .sequences import SequenceStore, row_numbers
 from .vocabulary import PAD
 
-# %% ../nbs/02b_batches.ipynb #64344a6d
+# %% ../nbs/02b_batches.ipynb #fcff9af1
 def windows(
     store: SequenceStore, # where the patients are
     rows, # (B,) rows of the store
@@ -20,7 +20,7 @@ def windows(
     max_tokens: int = 512, # static tokens included
 ) -> tuple: # four (B,) int64 arrays: first and last visit (among all visits), first token and one past the last
     "Most recent whole visits of each history that fit in `max_tokens`. Raises `ValueError` for a visit that does not exist."
-    rows = np.asarray(rows, dtype=np.int64)
+    rows = row_numbers(rows, len(store))
     begin, n_visits = store.first_visit[rows], store.n_visits[rows]
     last_visits = n_visits - 1 if last_visits is None else np.asarray(last_visits, dtype=np.int64)
     wrong = (last_visits < 0) | (last_visits >= n_visits)
@@ -70,7 +70,7 @@ def _token_arrays(store, rows, first, begin, end):
     rank = position - np.where(visit == 0, 0, static[:, None] + store.token_offsets[first[:, None] + visit] - begin[:, None])
     return np.where(mask, codes, PAD), np.where(mask, visit, -1), np.where(mask, rank, 0), mask
 
-# %% ../nbs/02b_batches.ipynb #2f5e504f
+# %% ../nbs/02b_batches.ipynb #93688d36
 LAYOUTS = ("both", "flat", "hierarchical")
 
 
@@ -95,7 +95,7 @@ def make_batch(
     Flat: `codes`, `ages` (years, -1 if unknown), `visit_ids` (-1 for padding): (B, L) int64; `times` (days since the first visit): (B, L) float32;
     `attention_mask`: (B, L) bool. Hierarchical: `visit_codes`: (B, V, C) int64; `visit_mask`: (B, V, C) bool. Always: `sequence_mask`: (B, V) bool;
     `visit_ages`: (B, V) int64; `time_features`: (B, V, 2) float32; `rows`, `first_visits` (index of the window's first visit): (B,) int64."""
-    rows = np.asarray(rows, dtype=np.int64)
+    rows = row_numbers(rows, len(store))
     if layout not in LAYOUTS: raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if not len(rows): raise ValueError("rows: expected at least one row of the store, got none")
     first, last, begin, end = windows(store, rows, last_visits, max_tokens)
@@ -132,17 +132,17 @@ def _fill(sizes, budget, max_patients):
         current.append(i); longest = grown
     return batches + [current]
 
-# %% ../nbs/02b_batches.ipynb #0378c2d0
+# %% ../nbs/02b_batches.ipynb #1f634390
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included."
     def __init__(self,
         store: SequenceStore, # where the patients are
-        rows=None, # rows to visit; all if None
+        rows=None, # rows to visit, or a mask; all if None
         last_visits=None, # visit at which each of `rows` ends; the last one if None
         token_budget: int = 8192, # rows times longest row, at most (a single longer row is let through)
         max_tokens: int = 512, # tokens kept a patient
         max_patients: int | None = None, # patients a batch, at most
-        shuffle: bool = False, # reshuffle every epoch
+        shuffle: bool = False, # in a random order, another one after `set_epoch`
         random_end: bool = False, # end histories longer than `max_tokens` at a random visit
         seed: int = 0, # of order and random ends
         transform=None, # called with each batch, returns it with labels added
@@ -152,7 +152,7 @@ class BatchLoader:
     ):
         self.store, self.token_budget, self.max_tokens, self.shuffle, self.seed = store, token_budget, max_tokens, shuffle, seed
         self.max_patients = max_patients or len(store)
-        self.rows = np.arange(len(store)) if rows is None else np.asarray(rows, dtype=np.int64)
+        self.rows = np.arange(len(store)) if rows is None else row_numbers(rows, len(store))
         if not len(self.rows): raise ValueError("rows: expected at least one patient, got none")
         if layout not in LAYOUTS: raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
         self.last_visits = store.n_visits[self.rows] - 1 if last_visits is None else np.asarray(last_visits, dtype=np.int64)
@@ -167,7 +167,8 @@ class BatchLoader:
         "The visit at which each history ends this epoch."
         if not self.random_end: return self.last_visits
         begin = self.store.first_visit[self.rows]
-        full = np.searchsorted(self.store.token_offsets, self.store.token_offsets[begin] + self.max_tokens, side="left") - 1 - begin
+        room = self.max_tokens - np.diff(self.store.static_offsets)[self.rows]
+        full = np.searchsorted(self.store.token_offsets, self.store.token_offsets[begin] + room, side="left") - 1 - begin
         earliest = np.minimum(full, self.last_visits)  # a history that fits keeps its end
         return generator.integers(earliest, self.last_visits + 1)
 

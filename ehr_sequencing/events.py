@@ -25,7 +25,7 @@ OBSERVATION_END = "OBSERVATION_END"
 VISIT_END = "VISIT_END"
 STRUCTURAL_CODES = (BIRTH, DEATH, OBSERVATION_END, VISIT_END)  # the frame of a record: never a token
 
-# %% ../nbs/00_events.ipynb #be5fbb7e
+# %% ../nbs/00_events.ipynb #5bba615f
 def is_pandas(
     frame, # anything
 ) -> bool: # whether it is a pandas data frame
@@ -61,6 +61,9 @@ def check_column_type(
         raise ValueError(f"{where}: column '{column}' is UInt64 and holds ids of 2**63 or more, which do not fit Int64. Reinterpret them as signed.")
     if column in ("subject_id", "visit_id") and dtype.is_float():
         raise TypeError(f"{where}: column '{column}' is {dtype}; 64-bit ids lose digits as floats. Read it as Int64.")
+    if column == "time" and isinstance(dtype, pl.Datetime) and dtype.time_unit == "ms":
+        far = (frame[column].to_physical().abs() >= 2**63 // 1000).fill_null(False)
+        if far.any(): raise ValueError(f"{where}: column 'time' lies outside the years that microseconds can hold in {far.sum():,} rows, first in row {far.arg_max()}. Correct or remove these rows.")
     expected = {"subject_id": dtype.is_integer(), "visit_id": dtype.is_integer() or dtype == pl.Null,
                 "time": dtype in (pl.Date, pl.Null) or isinstance(dtype, pl.Datetime),
                 "code": dtype in (pl.String, pl.Categorical, pl.Enum), "numeric_value": dtype.is_numeric() or dtype == pl.Null}

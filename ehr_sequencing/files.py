@@ -16,7 +16,7 @@ import polars as pl
 
 from .events import column_list
 
-# %% ../nbs/00a_files.ipynb #63ea6515
+# %% ../nbs/00a_files.ipynb #5403798b
 CHUNK_ROWS = 1_000_000  # rows of a piece
 _SUFFIXES = (".csv.gz", ".csv", ".parquet")
 
@@ -45,9 +45,9 @@ def _header(file):
 
 def _scan(file):
     "A file as a lazy frame; the columns of a CSV are text."
-    if _suffix(file) == ".parquet": return pl.scan_parquet(file)
+    if _suffix(file) == ".parquet": return pl.scan_parquet(file, glob=False)
     separator, quoting = _dialect(file)
-    return pl.scan_csv(file, infer_schema=False, separator=separator, quote_char=quoting)
+    return pl.scan_csv(file, infer_schema=False, separator=separator, quote_char=quoting, glob=False)  # brackets in a path are a path
 
 # %% ../nbs/00a_files.ipynb #0ace8937
 _READ_ERRORS = (pl.exceptions.PolarsError, OSError, EOFError, UnicodeError, csv.Error)
@@ -83,7 +83,7 @@ def scan_file(file, columns=None):
     try: return (_scan(file) if columns is None else _scan(file).select(columns)).collect()
     except _READ_ERRORS as error: raise _unreadable(file, error) from None
 
-# %% ../nbs/00a_files.ipynb #8f649629
+# %% ../nbs/00a_files.ipynb #8872068c
 def by_lower_case(names, where):
     "Lower-case column name -> name as written; a name that is there twice is an error."
     repeated = [n for n, k in Counter(n.strip().lower() for n in names).items() if k > 1 and n]
@@ -133,7 +133,12 @@ class Folder:
             missing = [c for c in columns if c.strip().lower() not in present]
             if missing: raise ValueError(f"{self.where(name)}{file.name}: no column {column_list(missing)}, which the first part has.")
             own = [present[c.strip().lower()] for c in columns]
-            lazy = _scan(file).select(own) if _suffix(file) == ".parquet" else _scan(file)  # a CSV whose every column is parsed shows its ragged rows
-            try:
-                for frame in lazy.collect_batches(chunk_size=rows, maintain_order=True): yield frame.select(own).rename(dict(zip(own, columns)))
-            except _READ_ERRORS as error: raise _unreadable(file, error) from None
+            for frame in self.pieces(file, own, rows): yield frame.rename(dict(zip(own, columns)))
+
+    @staticmethod
+    def pieces(file, columns, rows):
+        "Frames of at most `rows` rows of one file; errors name it."
+        lazy = _scan(file).select(columns) if _suffix(file) == ".parquet" else _scan(file)  # a CSV whose every column is parsed shows its ragged rows
+        try:
+            for frame in lazy.collect_batches(chunk_size=rows, maintain_order=True): yield frame.select(columns)
+        except _READ_ERRORS as error: raise _unreadable(file, error) from None

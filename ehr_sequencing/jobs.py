@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['whole_file', 'whole_folder', 'Progress', 'workers']
 
-# %% ../nbs/00a_jobs.ipynb #d64f9219
+# %% ../nbs/00a_jobs.ipynb #d3e386d6
 import contextlib
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 # %% ../nbs/00a_jobs.ipynb #f8acbada
@@ -72,7 +76,13 @@ class Progress:
         "Finish the bar."
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/00a_jobs.ipynb #6435e868
+# %% ../nbs/00a_jobs.ipynb #c6038fbb
+def _leave_interrupts(function, item):
+    "Call `function` in a process that leaves Ctrl-C to the process that it works for."
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return function(item)
+
+
 @contextlib.contextmanager
 def _backend(n_jobs, cluster):
     "The joblib backend: processes here, or the workers of a Dask cluster."
@@ -82,11 +92,14 @@ def _backend(n_jobs, cluster):
         os.environ["POLARS_MAX_THREADS"] = str(threads)  # inherited by the new processes; joblib itself sees to BLAS and OpenMP
         try:
             with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=threads): yield
-        finally:
-            get_reusable_executor().shutdown(wait=True)  # else idle processes keep their memory, and what they inherited, for minutes
+        except TerminatedWorkerError:
+            raise OSError("A worker process was killed, most often for want of memory. Use fewer processes (--n_jobs) or smaller shards (--n_shards).") from None
+        finally:  # else idle processes keep their memory, and what they inherited, for minutes
+            get_reusable_executor().shutdown(wait=True, kill_workers=sys.exc_info()[0] is not None)
             if before is None: del os.environ["POLARS_MAX_THREADS"]
             else: os.environ["POLARS_MAX_THREADS"] = before
         return
+    if "://" not in cluster: raise ValueError(f"cluster: expected the address of a Dask scheduler, such as tcp://host:8786, got {cluster!r}")
     try: from distributed import Client
     except ImportError: raise ImportError("A Dask cluster needs dask and distributed. Install them with: pip install 'ehr_sequencing[cluster]'") from None
     try: client = Client(cluster, timeout="10s", set_as_default=False)
@@ -109,7 +122,9 @@ def workers(
         items, progress = list(items), None
         if items: progress = Progress(len(items), label, show, lines=4)
         if len(items) <= 1 or (n_jobs == 1 and cluster is None): results = map(function, items)
-        else: results = joblib.Parallel(return_as="generator_unordered", max_nbytes=None)(joblib.delayed(function)(item) for item in items)
+        else:
+            call = joblib.delayed(partial(_leave_interrupts, function) if cluster is None else function)
+            results = joblib.Parallel(return_as="generator_unordered", max_nbytes=None)(call(item) for item in items)
         for result in results:
             progress.step()
             yield result

@@ -31,7 +31,7 @@ def first_row(
     i = bad.fill_null(False).arg_max()
     return frame[ROW][i] if ROW in frame.columns else i
 
-# %% ../nbs/00b_tables.ipynb #0d7e9a87
+# %% ../nbs/00b_tables.ipynb #63ccd8d1
 def shape_of(value):
     "A value with its digits and letters blanked: shows the form, not the content."
     return re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", str(value)))[:40]
@@ -62,9 +62,9 @@ def integer_ids(
 def hashed_ids(
     series, # Series of text ids
 ): # Series of Int64
-    "Text ids as 64-bit integers, each by itself: an integer as people write it stays itself, any other text becomes a stable hash, blank is null."
+    "Text ids as 64-bit integers, each by itself: an integer as people write it stays itself, any other text becomes a stable hash, blank and NaN are null."
     series = series.cast(pl.String).str.strip_chars()
-    series = series.set(series == "", None)
+    series = series.set(series.is_in(["", "nan", "NaN"]), None)  # as pandas writes a missing id
     unique = series.drop_nulls().unique(maintain_order=True)
     digest = lambda s: int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "little", signed=True)
     hashes = [int(s) if re.fullmatch(r"0|-?[1-9]\d{0,17}", s) else digest(s) for s in unique]

@@ -19,7 +19,9 @@ import polars as pl
 from .events import STRUCTURAL_CODES, assign_visits, follow_up, visit_table
 from .jobs import whole_file
 
-# %% ../nbs/01b_vocabulary.ipynb #0c418bce
+# %% ../nbs/01b_vocabulary.ipynb #59aaaf95
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]")
+PAD, UNK, MASK, CLS, SEP = range(5)  # ids of the special tokens
 _ICD = re.compile(r"^(?P<vocabulary>(?!.*(?:PCS|PROC)).*\bICD[^/]*//(?:\d+//)?)(?P<code>[A-Z0-9.]+)$", re.IGNORECASE)
 _ATC_LENGTH = {1: 1, 2: 3, 3: 4, 4: 5, 5: 7}  # level -> characters, WHO Collaborating Centre for Drug Statistics Methodology
 
@@ -50,7 +52,7 @@ def is_excluded(
     "Whether a code is to be left out."
     return any(code.startswith(p[:-1]) if p.endswith("*") else code == p for p in patterns)
 
-# %% ../nbs/01b_vocabulary.ipynb #2317afdc
+# %% ../nbs/01b_vocabulary.ipynb #93bf8d9e
 @dataclass
 class Records:
     "The visits of a shard of patients as flat arrays, with codes as numbers; patients ordered by id. Made by `index_records`."
@@ -96,6 +98,8 @@ def _number_codes(series, exclude, roll_up):
     found = series.unique().sort().to_list()
     targets = [None if c in STRUCTURAL_CODES or (exclude and is_excluded(c, exclude)) else roll_up_code(c, roll_up) if roll_up else c for c in found]
     names = sorted({t for t in targets if t is not None})
+    taken = [n for n in (*SPECIAL_TOKENS, *STRUCTURAL_CODES) if n in set(names)]
+    if taken: raise ValueError(f"A code of the source, or the parent of one, is called {taken[0]}, which is the name of a special token or of the frame of a record. Rename it.")
     number = {name: i for i, name in enumerate(names)} | {None: -1}
     numbers = np.array([number[t] for t in targets], dtype=np.int32)
     return names, numbers[series.cast(pl.Enum(found)).to_physical().to_numpy()]
@@ -178,7 +182,7 @@ def fit_value_edges(
     edges = values.group_by("code", maintain_order=True).agg(edges=pl.concat_list(*[pl.col("value").filter(pl.col("below") > r).first() for r in ranks])) if ranks else values.clear()
     return {code: sorted(set(found)) for code, found in edges.select("code", "edges").iter_rows()} if ranks else {}
 
-# %% ../nbs/01b_vocabulary.ipynb #1ee926c1
+# %% ../nbs/01b_vocabulary.ipynb #69f678b2
 def _ordered_bits(values):
     "Integers in [-2**31, 2**31) in the order of the float32 values."
     bits = (values + np.float32(0)).view(np.int32).astype(np.int64)
@@ -189,7 +193,9 @@ def token_names(
     names, # codes
     value_edges: dict, # of `fit_value_edges`
 ) -> list: # each code, and after it its bins
-    "All tokens that the codes can become: each code, then its bins."
+    "All tokens that the codes can become: each code, then its bins. Raises `ValueError` for a code that is called as a bin of another."
+    clash = [base for base, mark, k in (n.rpartition("//Q") for n in names) if mark and base in value_edges and k.isdigit()]
+    if clash: raise ValueError(f"A code of the source is called as a bin of '{clash[0]}' would be ('{clash[0]}//Q' and a number). Rename it.")
     return [token for name in names for token in (name, *(f"{name}//Q{k + 1}" for k in range(len(value_edges[name]) + 1 if name in value_edges else 0)))]
 
 
@@ -212,11 +218,7 @@ def token_numbers(
     numbers[valued] += 1 + below
     return numbers
 
-# %% ../nbs/01b_vocabulary.ipynb #5dc80333
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]")
-PAD, UNK, MASK, CLS, SEP = range(5)  # ids of the special tokens
-
-
+# %% ../nbs/01b_vocabulary.ipynb #032c64d4
 @dataclass
 class Vocabulary:
     "Codes as integers, and values as quantile bins. Make one with `fit_vocabulary`."
@@ -256,7 +258,7 @@ class Vocabulary:
         "Read what `to_json` wrote."
         return cls(**json.loads(text))
 
-# %% ../nbs/01b_vocabulary.ipynb #4344d8b9
+# %% ../nbs/01b_vocabulary.ipynb #6ae57d65
 def count_tokens(
     records: Records, # a shard
     training: np.ndarray, # (N,) bool, which patients are training patients
@@ -281,8 +283,6 @@ def make_vocabulary(
     "The vocabulary of the tokens that enough patients have. Raises `ValueError` if none is left."
     kept = counts.filter(pl.col("patients") >= min_patients).sort("n", "token", descending=[True, False])
     if not len(kept): raise ValueError(f"No code occurs in {min_patients} or more training patients. Lower min_patients or use more patients.")
-    clash = [t for t in kept["token"] if t in SPECIAL_TOKENS]
-    if clash: raise ValueError(f"A code of the source is called {clash[0]}, which is the name of a special token. Rename it.")
     vocabulary = Vocabulary([*SPECIAL_TOKENS, *kept["token"]], value_edges, sorted(exclude), list(roll_up))
     codes = set(vocabulary.tokens) | {code for code in value_edges if any(f"{code}//Q{k}" in vocabulary.index for k in range(1, len(value_edges[code]) + 2))}
     vocabulary.names = {code: name for code, name in (names or {}).items() if code in codes}

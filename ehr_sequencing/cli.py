@@ -5,30 +5,37 @@
 # %% auto #0
 __all__ = ['ehrseq_prepare', 'ehrseq_benchmark']
 
-# %% ../nbs/19_cli.ipynb #7eea96ab
+# %% ../nbs/19_cli.ipynb #66bf8966
 import os
+import signal
 import sys
+import threading
 
 from fastcore.script import call_parse
 
-# %% ../nbs/19_cli.ipynb #3e77044d
-def _one_line(name, job):
-    "Run `job`; turn an expected error into one line on stderr and exit status 1."
+# %% ../nbs/19_cli.ipynb #282f7b42
+_FOREIGN = ("polars", "duckdb", "_duckdb", "pyarrow", "pyo3_runtime")  # libraries whose messages may quote a row
+
+
+def _interrupt(*_): raise KeyboardInterrupt
+
+
+def _one_line(name, job, interrupted="nothing was written"):
+    "Run `job`; turn an expected error into one line on stderr and exit status 1. SIGTERM, which schedulers send, ends it as Ctrl-C does."
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _interrupt)
     try: return job()
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("EHRSEQ_TRACEBACK"): raise
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(1)
-    except Exception as error:
-        if os.environ.get("EHRSEQ_TRACEBACK") or type(error).__module__.split(".")[0] not in ("polars", "duckdb", "_duckdb", "pyarrow"): raise
-        print(f"{name}: the data could not be processed ({type(error).__name__}). EHRSEQ_TRACEBACK=1 shows where, and perhaps values of patients.", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        text = ": ".join(str(part) for part in (error.strerror, error.filename) if part) if isinstance(error, OSError) and error.strerror else str(error)
+        status, text = 1, " ".join(text.split())
+    except KeyboardInterrupt: status, text = 130, f"interrupted; {interrupted}."
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if os.environ.get("EHRSEQ_TRACEBACK") or type(error).__module__.split(".")[0] not in _FOREIGN: raise
+        status, text = 1, f"the data could not be processed ({type(error).__name__}). EHRSEQ_TRACEBACK=1 shows where, and perhaps values of patients."
+    print(f"{name}: {text}", file=sys.stderr)
+    sys.exit(status)
 
-# %% ../nbs/19_cli.ipynb #67b22467
+# %% ../nbs/19_cli.ipynb #4fcc95ef
 @call_parse
 def ehrseq_prepare(
     source: str, # file, folder or database URL: OMOP, Synthea, MEDS or an event table
@@ -54,10 +61,11 @@ def ehrseq_prepare(
     def job():
         from ehr_sequencing.prepare import PrepareConfig, prepare_store, read_roll_up_map
         pairs = [pair.partition("=") for pair in (columns or "").split(",") if pair.strip()]
+        if not all(theirs for _, _, theirs in pairs): raise ValueError(f"columns: expected pairs such as subject_id=mrn,time=when,code=what, got {columns!r}")
         parents, names = read_roll_up_map(roll_up_map) if roll_up_map else ({}, {})
         config = PrepareConfig(source=source, store=store, format=format, schema=schema, columns={ours.strip(): theirs.strip() for ours, _, theirs in pairs} or None, min_patients=min_patients, n_value_bins=n_value_bins,
             exclude=tuple(c.strip() for c in exclude.split(";") if c.strip()), roll_up=tuple([parents] * bool(parents) + [r.strip() for r in roll_up.split(",") if r.strip()]), names=names,
-            deduplicate=not keep_repeats, fractions=(train_fraction, tuning_fraction, 1 - train_fraction - tuning_fraction), seed=seed,
+            deduplicate=not keep_repeats, fractions=(train_fraction, tuning_fraction, round(1 - train_fraction - tuning_fraction, 9)), seed=seed,
             n_shards=n_shards, n_jobs=n_jobs, cluster=cluster, overwrite=overwrite)
         made = prepare_store(config)
         account(made)
@@ -66,7 +74,7 @@ def ehrseq_prepare(
         for note in made.meta["notes"]: print(f"  note: {note}")
         print(made.describe().to_string(float_format="{:,.1f}".format, na_rep=""))
         print(f"{store}: {len(made):,} patients, {len(made.tokens):,} tokens. Open it with load_sequences({store!r}).")
-    _one_line("ehrseq_prepare", job)
+    _one_line("ehrseq_prepare", job, "the same command goes on where it was")
 
 # %% ../nbs/19_cli.ipynb #0174f2a2
 @call_parse

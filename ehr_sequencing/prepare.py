@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #8dd48209
+# %% ../nbs/02c_prepare.ipynb #d6798452
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +19,20 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet
 
+try: import fcntl
+except ImportError: fcntl = None  # Windows has no such lock
+
+from . import __version__
 from .databases import is_url
 from .events import set_aside_impossible, sort_events
 from .files import scan_file
 from .jobs import whole_file, workers
-from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, open_events
+from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, meds_subjects, open_events
 from .sequences import SCHEMA_VERSION, SPLITS, SequenceStore, StoreArrays, draw_splits, known_splits, load_sequences, take_rows, tokenize_records, write_sequences, write_store
-from .vocabulary import Records, Vocabulary, add_counts, count_tokens, count_values, fit_value_edges, index_records, make_vocabulary, roll_up_code
+from .vocabulary import Records, Vocabulary, add_counts, count_tokens, count_values, fit_value_edges, index_records, is_excluded, make_vocabulary, roll_up_code
 
-# %% ../nbs/02c_prepare.ipynb #15a4df53
+# %% ../nbs/02c_prepare.ipynb #a7f170b9
 @dataclass
 class PrepareConfig:
     "What to read and how to turn it into tokens."
@@ -51,9 +55,11 @@ class PrepareConfig:
     overwrite: bool = False # replace an existing store, or a preparation begun with other settings
 
     def __post_init__(self):
-        for name, least in (("min_patients", 1), ("n_value_bins", 1), ("n_shards", 1)):
-            if getattr(self, name) < least: raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
-        self.source, self.store = str(self.source), str(self.store)
+        for name, least, most in (("min_patients", 1, None), ("n_value_bins", 1, None), ("n_shards", 1, 1000), ("seed", 0, None), ("n_jobs", 1, None)):
+            value = getattr(self, name)
+            if value is not None and (value < least or (most and value > most)): raise ValueError(f"{name}: expected {least} {f'to {most}' if most else 'or more'}, got {value}")
+        if not Path(self.store).name or not str(self.store).strip(): raise ValueError(f"store: expected the name of a folder to make, got {str(self.store)!r}")
+        self.source, self.store = str(self.source), str(Path(self.store).resolve())
         draw_splits([], self.fractions)
         roll_up_code("", self.roll_up)
 
@@ -61,7 +67,7 @@ class PrepareConfig:
         "What the result depends on; a password in a URL is left out."
         machine = ("store", "n_shards", "n_jobs", "cluster", "overwrite")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in machine}
-        values["source"] = re.sub("/+.*@", "//", self.source) if is_url(self.source) else str(Path(self.source).resolve())
+        values["source"] = re.sub("/+.*@", "//", self.source.split("?")[0]) if is_url(self.source) else str(Path(self.source).resolve())
         return json.loads(json.dumps(values))
 
 # %% ../nbs/02c_prepare.ipynb #8a50950c
@@ -80,9 +86,9 @@ def read_roll_up_map(
     if twice.any(): raise ValueError(f"{path.name}: code {frame['code'][twice.arg_max()]} has more than one parent. Each code needs one.")
     return dict(frame.iter_rows()), names
 
-# %% ../nbs/02c_prepare.ipynb #67586f24
+# %% ../nbs/02c_prepare.ipynb #65239c96
 _EVENTS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us")), ("code", pa.large_string()), ("numeric_value", pa.float32()), ("visit_id", pa.int64())])
-_LARGE_FILE = 10_000_000  # rows; a MEDS file with more is dealt out too
+_LARGE_FILE = 4_000_000  # rows; a MEDS file with more is dealt out too, since a shard is held in memory
 
 
 def shard_of(
@@ -95,8 +101,9 @@ def shard_of(
 
 
 def _deal_out(frames, folder, n_shards):
-    "Append the rows of event frames to one Arrow stream for each shard."
-    with ExitStack() as stack:
+    "Append the rows of event frames to one Arrow stream for each shard; returns how many rows each got."
+    dealt = np.zeros(n_shards, dtype=np.int64)
+    with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(pa.ipc.new_stream(stack.enter_context(pa.OSFile(str(folder/f"{k:05d}.arrows"), "wb")), _EVENTS)) for k in range(n_shards)]
         for frame in frames:
             shard = shard_of(frame["subject_id"].to_numpy(), n_shards)
@@ -105,54 +112,60 @@ def _deal_out(frames, folder, n_shards):
             ends = np.searchsorted(shard[order], np.arange(n_shards + 1))
             for k, stream in enumerate(streams):
                 if ends[k + 1] > ends[k]: stream.write_table(table.slice(ends[k], ends[k + 1] - ends[k]))
+            dealt += np.diff(ends)
+    return dealt.tolist()
 
 
 def _shared_patients(files):
     "How many patients occur in more than one file."
-    ids = pl.concat([pl.scan_parquet(f).select(pl.col("^(subject_id|patient_id)$").cast(pl.Int64).alias("id").unique()) for f in files]).collect()["id"]
-    return len(ids) - ids.n_unique()
+    ids = pl.concat([pl.DataFrame({"subject_id": []}, schema={"subject_id": pl.Int64}), *(meds_subjects(f).to_frame() for f in files)])
+    return ids.group_by("subject_id").len().filter(pl.col("len") > 1).height
 
-# %% ../nbs/02c_prepare.ipynb #298e77b8
+# %% ../nbs/02c_prepare.ipynb #b6ce4d2c
 def _gather(config, source, work, say):
     "The shards as a list of files, and what is known about the source. Deals the events out if they do not come in shards."
     done = work/"gathered.json"
     if done.exists(): return json.loads(done.read_text(encoding="utf-8"))
     say(f"{source.name}: reading as {source.format}.")
     files = meds_shards(config.source) if source.format == "meds" else []
-    large = any(pa.parquet.read_metadata(f).num_rows > _LARGE_FILE for f in files)
-    shared = 0 if large or len(files) < 2 else _shared_patients(files)
+    shared = _shared_patients(files)  # reads no more than the ids, and refuses a file that is none of MEDS
+    large = any(pl.scan_parquet(f, glob=False).select(pl.len()).collect().item() > _LARGE_FILE for f in files)
     if files and not large and not shared:
-        keys, files = [meds_key(f, config.source) for f in files], [str(f.resolve()) for f in files]
+        keys, dealt, files = [meds_key(f, config.source) for f in files], None, [str(f.resolve()) for f in files]
         source.account.names |= meds_names(config.source)
     else:
         keys = None
         shutil.rmtree(work/"events", ignore_errors=True)
         (work/"events").mkdir()
-        _deal_out(source.frames(), work/"events", config.n_shards)
+        dealt = _deal_out(source.frames(), work/"events", config.n_shards)
         files = [str(work/"events"/f"{k:05d}.arrows") for k in range(config.n_shards)]
     account = {"rows_read": source.account.rows_read, "set_aside": dict(source.account.set_aside), "notes": list(source.account.notes), "names": source.account.names}
     if shared: account["notes"].append(f"{shared:,} patients are in more than one file; their events were brought together.")
-    gathered = {"files": files, "keys": keys, "name": source.name, "format": source.format} | account
+    gathered = {"files": files, "dealt": dealt, "keys": keys, "name": source.name, "format": source.format} | account
     with whole_file(done) as partial: partial.write_text(json.dumps(gathered), encoding="utf-8")
     return gathered
 
-# %% ../nbs/02c_prepare.ipynb #d17a0924
-def _read_shard(file):
-    "The events of a shard."
-    if not file.endswith(".arrows"): return meds_frame(Path(file))
-    return pl.from_arrow(pa.ipc.open_stream(pa.memory_map(file)).read_all())
+# %% ../nbs/02c_prepare.ipynb #69a60a7c
+def _read_shard(file, dealt):
+    "The events of a shard. Raises `OSError` if rows are missing that were dealt to it."
+    if dealt is None: return meds_frame(Path(file))
+    events = pl.from_arrow(pa.ipc.open_stream(pa.memory_map(file)).read_all())
+    if len(events) != dealt: raise OSError(f"{file}: holds {len(events):,} rows where {dealt:,} were written. Remove the folder of work and begin anew.")
+    return events
 
 
 def _index_shard(job):
     "Step 2: events to records, and an account of what was set aside."
     target = Path(job["work"])/"records"/job["name"]
     if not target.with_suffix(".json").exists():
-        events = _read_shard(job["file"])
-        facts = {"rows": len(events)} if job["file"].endswith(".arrows") else meds_facts(job["file"], events)
+        events = _read_shard(job["file"], job["dealt"])
+        facts = meds_facts(job["file"], events) if job["dealt"] is None else {"rows": len(events)}
         n_patients = events["subject_id"].n_unique()
         events, set_aside = set_aside_impossible(sort_events(events))
         records = index_records(events, job["exclude"], job["roll_up"])
         records.save(target.with_suffix(".npz"))
+        codes = events["code"].unique().to_list()
+        facts |= {"excluded": {p: [c for c in codes if is_excluded(c, [p])] for p in job["exclude"]}, "rolled_up": [c for c in codes if job["roll_up"] and roll_up_code(c, job["roll_up"]) != c]}
         account = facts | {"patients": n_patients, "with_visits": len(records), "events": len(records.codes) + len(records.static_codes), "set_aside": set_aside}
         with whole_file(target.with_suffix(".json")) as partial: partial.write_text(json.dumps(account))
     return job["name"]
@@ -207,26 +220,58 @@ def _ordered_blocks(files, block_rows=16384):
         pieces = [take_rows(tables[k], row[block][by_file][owner[block][by_file] == k]) for k in np.unique(owner[block])]
         yield take_rows(pa.concat_tables(pieces).combine_chunks(), np.argsort(by_file, kind="stable"))
 
-# %% ../nbs/02c_prepare.ipynb #d5dd874e
-def _begin(config):
-    "The folder of work, empty or from an earlier call with the same settings, and the source. Raises `FileExistsError`, `ValueError`, and the readers' errors before anything is written."
-    store = Path(config.store)
-    work = store.with_name(store.name + ".partial")
-    if store.exists() and not config.overwrite: raise FileExistsError(f"{store}: already exists. Choose another folder, or give --overwrite.")
-    if store.exists() and not (store/"sequences.arrow").is_file(): raise FileExistsError(f"{store}: is no sequence store, so it is not replaced. Choose another folder.")
-    source, plan = open_events(config.source, config.format, config.schema, config.columns), config.settings() | {"stamp": _stamp(config.source)}
-    if (work/"plan.json").exists():
-        begun = json.loads((work/"plan.json").read_text(encoding="utf-8"))
-        differs = [name for name in plan if begun.get(name) != plan[name]]
-        if not differs: return work, source
-        if not config.overwrite:
-            raise ValueError(f"{work}: holds a preparation that was begun with {'other files in the source' if differs == ['stamp'] else 'another ' + ', '.join(differs)}. "
-                             "Repeat its settings to go on with it, or give --overwrite to start anew.")
-    elif work.exists() and any(work.iterdir()): raise FileExistsError(f"{work}: is in the way and holds no preparation of this library. Move it.")
-    shutil.rmtree(work, ignore_errors=True)
-    for step in ("records", "values", "tokens", "rows"): (work/step).mkdir(parents=True)
+# %% ../nbs/02c_prepare.ipynb #8ee4d859
+_FILES = {"sequences.arrow", "vocabulary.json", "meta.json"}  # what a store consists of
+
+
+def _check_place(config, store, work):
+    "Raise where the store cannot go: over something else, or into, over or around its source."
+    if (store.exists() or store.is_symlink()) and not config.overwrite: raise FileExistsError(f"{store}: already exists. Choose another folder, or give --overwrite.")
+    if store.exists() and {p.name for p in store.iterdir()} != _FILES if store.is_dir() else store.exists():
+        raise FileExistsError(f"{store}: is no sequence store, or holds other files too, so it is not replaced. Choose another folder.")
+    if is_url(config.source): return
+    source = Path(config.source).resolve()
+    for place in (store, work):
+        if place == source or place in source.parents or (source in place.parents and source.is_dir()): raise ValueError(f"{place}: the store and its source lie one in the other. Choose a folder outside the source.")
+
+
+@contextlib.contextmanager
+def _only_one(work):
+    "The folder of work to ourselves. Raises `BlockingIOError` if another process is at it; the system frees the lock of a process that dies."
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work/"lock", "w") as handle:
+        try:
+            if fcntl is not None: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise BlockingIOError(f"{work}: another process is preparing this store. Wait for it, or choose another folder.") from None
+        yield
+
+
+def _begin(config, work):
+    "Make the folder of work ready, empty or as an earlier call with the same settings left it; the source. Raises `ValueError`, and the readers' errors."
+    source = open_events(config.source, config.format, config.schema, config.columns)
+    plan = config.settings() | {"stamp": _stamp(config.source), "version": f"{__version__}, {SCHEMA_VERSION}"}
+    left = {p.name for p in work.iterdir()} - {"lock"}
+    try: begun = json.loads((work/"plan.json").read_text(encoding="utf-8")) if left else None
+    except (OSError, ValueError): begun = {}
+    if left and (not isinstance(begun, dict) or (begun and "stamp" not in begun) or not begun and "plan.json" not in left):
+        raise FileExistsError(f"{work}: is in the way and holds no preparation of this library. Move it.")
+    differs = [] if not left else [name for name in plan if begun.get(name) != plan[name]]
+    if left and not differs: return source
+    if differs and not config.overwrite:
+        other = {"stamp": "other files in the source", "version": "another version of the library"}
+        what = "an unreadable plan" if not begun else other[differs[0]] if differs[0] in other else f"another {', '.join(differs)}"
+        raise ValueError(f"{work}: holds a preparation that was begun with {what}. Repeat its settings to go on with it, or give --overwrite to start anew.")
+    _clear(work)
+    for step in ("records", "values", "tokens", "rows"): (work/step).mkdir()
     with whole_file(work/"plan.json") as partial: partial.write_text(json.dumps(plan), encoding="utf-8")
-    return work, source
+    return source
+
+
+def _clear(work):
+    "Empty the folder of work, but for its lock."
+    for entry in work.iterdir():
+        if entry.is_dir(): shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != "lock": entry.unlink(missing_ok=True)
 
 
 def _stamp(source):
@@ -236,10 +281,11 @@ def _stamp(source):
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     return [[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
-# %% ../nbs/02c_prepare.ipynb #226b59c4
+# %% ../nbs/02c_prepare.ipynb #87143505
 def _jobs(config, gathered, work):
     "One job for each shard."
-    return [{"work": str(work), "name": f"{k:05d}", "file": file, "exclude": config.exclude, "roll_up": config.roll_up, "deduplicate": config.deduplicate}
+    dealt = gathered["dealt"] or [None] * len(gathered["files"])
+    return [{"work": str(work), "name": f"{k:05d}", "file": file, "dealt": dealt[k], "exclude": config.exclude, "roll_up": config.roll_up, "deduplicate": config.deduplicate}
             for k, file in enumerate(gathered["files"])]
 
 
@@ -256,61 +302,80 @@ def _set_splits(config, gathered, given, jobs):
     return "drawn at random" if given is None else "those of the source"
 
 
-def _account(gathered, splits, jobs):
+def _account(config, gathered, splits, jobs):
     "What was read and set aside, over all shards."
     shards = [json.loads((Path(j["work"])/"records"/f"{j['name']}.json").read_text()) for j in jobs]
     total = {name: sum(s[name] for s in shards) for name in ("rows", "patients", "with_visits", "events")}
     set_aside = dict(gathered["set_aside"])
     for shard in shards:
         for reason, n in shard["set_aside"].items(): set_aside[reason] = set_aside.get(reason, 0) + n
-    rows_read, notes = gathered["rows_read"], gathered["notes"]
+    rows_read, notes = gathered["rows_read"], list(gathered["notes"])
     if gathered["keys"]: rows_read, notes = {key: s["rows"] for key, s in zip(gathered["keys"], shards)}, meds_notes(shards, splits)
+    for pattern in config.exclude: notes.append(f"{len({c for s in shards for c in s['excluded'][pattern]}):,} codes are excluded by {pattern}.")
+    if config.roll_up: notes.append(f"{len({c for s in shards for c in s['rolled_up']}):,} codes are rolled up.")
     return {"source": gathered["name"], "format": gathered["format"], "rows_read": rows_read, "set_aside": set_aside, "notes": notes,
             "patients_without_visit": total["patients"] - total["with_visits"], "events": total["events"]}
 
-# %% ../nbs/02c_prepare.ipynb #5c471240
+
+def _check_patterns(config, jobs):
+    "Raise if an exclusion or the roll-up concerns no code of the source: a slip of the pen there lets the outcome into the input."
+    shards = [json.loads((Path(j["work"])/"records"/f"{j['name']}.json").read_text()) for j in jobs]
+    idle = [p for p in config.exclude if not any(s["excluded"][p] for s in shards)]
+    if config.exclude and len(idle) == len(config.exclude): raise ValueError(f"exclude: {', '.join(idle)} fits no code of the source. Several are separated by ';', and a beginning ends in '*'.")
+    if config.roll_up and not any(s["rolled_up"] for s in shards): raise ValueError("roll_up: no code of the source is rolled up by these rules. Compare their codes with those of the source.")
+
+# %% ../nbs/02c_prepare.ipynb #25cfafcb
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
         gathered = _gather(config, source, work, say)
         jobs, show = _jobs(config, gathered, work), say is print
         for _ in run(_index_shard, jobs, "reading", show): pass
+        _check_patterns(config, jobs)
         origin = _set_splits(config, gathered, source.splits, jobs)
         for _ in run(_values_of_shard, jobs, "counting values", show): pass
-        edges = fit_value_edges(add_counts(pl.read_parquet(work/"values"/f"{j['name']}.parquet") for j in jobs), config.n_value_bins, config.min_patients)
+        edges = fit_value_edges(add_counts(pl.read_parquet(work/"values"/f"{j['name']}.parquet", glob=False) for j in jobs), config.n_value_bins, config.min_patients)
         with whole_file(work/"edges.json") as partial: partial.write_text(json.dumps(edges), encoding="utf-8")
         for _ in run(_tokens_of_shard, jobs, "counting tokens", show): pass
-        counts = add_counts(pl.read_parquet(work/"tokens"/f"{j['name']}.parquet") for j in jobs)
+        counts = add_counts(pl.read_parquet(work/"tokens"/f"{j['name']}.parquet", glob=False) for j in jobs)
         vocabulary = make_vocabulary(counts, edges, config.min_patients, config.exclude, config.roll_up, gathered["names"] | config.names)
         with whole_file(work/"vocabulary.json") as partial: partial.write_text(vocabulary.to_json(), encoding="utf-8")
         for _ in run(_tokenize_shard, jobs, "tokenising", show): pass
     options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema", "columns", "names")}
-    meta = {"schema_version": SCHEMA_VERSION} | _account(gathered, source.splits, jobs) | {"split": origin, "options": options}
-    (work/"store").mkdir(exist_ok=True)
+    meta = {"schema_version": SCHEMA_VERSION} | _account(config, gathered, source.splits, jobs) | {"split": origin, "options": options}
+    shutil.rmtree(work/"store", ignore_errors=True)  # a join that was killed
+    (work/"store").mkdir()
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)
     return work
 
-# %% ../nbs/02c_prepare.ipynb #a9782899
+# %% ../nbs/02c_prepare.ipynb #3e954ec7
 def prepare_store(
     config: PrepareConfig, # what to read and how
     say=print, # called with each line of the account
 ) -> SequenceStore: # opened from where it was written
     """Turn a source into a sequence store on disk. A call after a kill goes on with what is missing.
 
-    Raises the readers' errors, `FileExistsError` if the store is there, `ValueError` for a preparation begun with other settings, `ConnectionError` if the cluster does not answer."""
-    work, source = _begin(config)
-    try: return _publish(config, _fill_store(config, source, work, say))
-    except (ValueError, TypeError):  # the source or the settings are at fault, so what was done is of no use later; after any other end it is
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _publish(config, work):
-    "Move the finished store to its place."
+    Raises the readers' errors; `FileExistsError` if something is there already; `ValueError` for a preparation begun with other settings; `BlockingIOError` if another
+    process prepares the same store; `ConnectionError` if the cluster does not answer."""
     store = Path(config.store)
-    old = store.with_name(store.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    work = store.with_name(store.name + ".partial")
+    _check_place(config, store, work)
+    with _only_one(work):
+        try:
+            source = _begin(config, work)
+            try: _fill_store(config, source, work, say)
+            except (ValueError, TypeError) as error:
+                if type(error) in (ValueError, TypeError): _clear(work)  # source or settings are at fault: what was done is of no use
+                raise
+            _publish(store, work)
+        finally:
+            if work.exists() and {p.name for p in work.iterdir()} == {"lock"}: shutil.rmtree(work)
+    return load_sequences(store)
+
+
+def _publish(store, work):
+    "Move the finished store to its place."
+    old = store.with_name(f".{store.name}.{os.getpid()}")
     if store.exists(): store.rename(old)
     (work/"store").rename(store)
     for folder in (old, work): shutil.rmtree(folder, ignore_errors=True)
-    return load_sequences(store)

@@ -83,7 +83,7 @@ def scan_file(file, columns=None):
     try: return (_scan(file) if columns is None else _scan(file).select(columns)).collect()
     except _READ_ERRORS as error: raise _unreadable(file, error) from None
 
-# %% ../nbs/00a_files.ipynb #8872068c
+# %% ../nbs/00a_files.ipynb #9011363a
 def by_lower_case(names, where):
     "Lower-case column name -> name as written; a name that is there twice is an error."
     repeated = [n for n, k in Counter(n.strip().lower() for n in names).items() if k > 1 and n]
@@ -117,7 +117,7 @@ class Folder:
 
     def _columns(self, file):
         "Lower-case column name -> name in one file."
-        try: names = pl.read_parquet_schema(file) if _suffix(file) == ".parquet" else _header(file)
+        try: names = pl.scan_parquet(file, glob=False).collect_schema() if _suffix(file) == ".parquet" else _header(file)
         except _READ_ERRORS as error: raise _unreadable(file, error) from None
         if not names: raise _unreadable(file, pl.exceptions.NoDataError())
         return by_lower_case(names, file.name)

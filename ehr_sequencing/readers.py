@@ -47,14 +47,14 @@ def meds_split_of(
     if folders[:1] == ("data",): folders = folders[1:]
     return _SPLIT_NAMES.get(folders[0]) if folders else None
 
-# %% ../nbs/01_readers.ipynb #9a983264
+# %% ../nbs/01_readers.ipynb #de1a1cf5
 _MEDS_NAMES = {"subject_id": ("subject_id", "patient_id"), "time": ("time", "timestamp"), "code": ("code",),
                "numeric_value": ("numeric_value", "numerical_value", "value"), "visit_id": ("visit_id",)}  # best first
 
 
 def _parquet_schema(file):
     "Column -> type; errors name the file."
-    try: return pl.read_parquet_schema(file)
+    try: return pl.scan_parquet(file, glob=False).collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{_shard_name(file)}: cannot be read ({type(error).__name__}). Is it a complete Parquet file?") from None
 

@@ -174,6 +174,107 @@ def test_roll_up_map(tmp_path):
     assert done.returncode == 1 and "more than one parent" in done.stderr
 
 
+def test_two_commands_at_once(meds, reference, tmp_path):
+    "The second is refused while the first is at it, and takes nothing from it."
+    first = subprocess.Popen([COMMAND, meds, tmp_path / "store", "--n_jobs", "1"], stdout=subprocess.DEVNULL)
+    while first.poll() is None and not list((tmp_path / "store.partial" / "records").glob("*.npz")): time.sleep(0.001)
+    second = run(meds, tmp_path / "store", "--overwrite")
+    assert first.wait() == 0 and second.returncode == 1 and "another process is preparing this store" in second.stderr and len(second.stderr.strip().splitlines()) == 1
+    assert_same(load_sequences(tmp_path / "store"), reference)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_by_a_scheduler_or_by_hand(sent, meds, reference, tmp_path):
+    "One line, no process left behind, and the next call goes on."
+    begun = subprocess.Popen([COMMAND, meds, tmp_path / "store", "--n_jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while begun.poll() is None and not list((tmp_path / "store.partial" / "records").glob("*.npz")): time.sleep(0.001)
+    os.killpg(begun.pid, sent) if sent == signal.SIGINT else os.kill(begun.pid, sent)
+    _, errors = begun.communicate(timeout=60)  # ends only when no process holds the pipe
+    assert begun.returncode == 130 and "interrupted; the same command goes on where it was" in errors and "Traceback" not in errors, errors
+    assert list((tmp_path / "store.partial" / "records").glob("*.npz"))
+    assert_same(prepare_store(PrepareConfig(meds, tmp_path / "store", n_jobs=1), say=quiet), reference)
+
+
+def test_killed_while_joining(meds, reference, tmp_path, monkeypatch):
+    "What a join that was killed left behind is in no store."
+    import ehr_sequencing.prepare as prepare
+    def killed(folder, *arguments):
+        (folder / ".columns-left").mkdir()
+        (folder / ".columns-left" / "codes").write_bytes(b"tokens of patients")
+        raise OSError("killed")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
+        patched.setattr(prepare, "write_store", killed)
+        prepare_store(PrepareConfig(meds, tmp_path / "store", n_jobs=1), say=quiet)
+    assert_same(prepare_store(PrepareConfig(meds, tmp_path / "store", n_jobs=1), say=quiet), reference)
+    assert {p.name for p in (tmp_path / "store").iterdir()} == {"sequences.arrow", "vocabulary.json", "meta.json"}
+
+
+def test_only_its_own_is_replaced(meds, reference, tmp_path):
+    store, link = tmp_path / "store", tmp_path / "link"
+    assert run(meds, store, "--n_jobs", 1).returncode == 0
+    shutil.copytree(store, tmp_path / "store.old")
+    link.symlink_to(store)
+    assert run(meds, link, "--n_jobs", 1, "--overwrite").returncode == 0 and link.is_symlink()
+    assert {p.name for p in tmp_path.iterdir()} == {"store", "store.old", "link"}
+    assert_same(load_sequences(link), reference)
+    (store / "notes.txt").write_text("mine")
+    refused = run(meds, store, "--overwrite")
+    assert refused.returncode == 1 and "holds other files too" in refused.stderr and (store / "notes.txt").exists()
+    refused = run(store, tmp_path / "store" / "inner")
+    assert refused.returncode == 1 and not (store / "inner").exists()
+
+
+def test_paths_with_brackets_and_blanks(meds, reference, tmp_path):
+    source = shutil.copytree(meds, tmp_path / "a [1]* b")
+    assert_same(prepare_store(PrepareConfig(source, tmp_path / "out [2]? c" / "store", n_jobs=1), say=quiet), reference_named(reference, source.name))
+
+
+def reference_named(reference, name):
+    "The reference with another name of its source."
+    from ehr_sequencing.sequences import SequenceStore
+    return SequenceStore(reference.table, reference.vocabulary, reference.meta | {"source": name})
+
+
+def test_a_file_too_large_to_be_a_shard_is_dealt_out_in_pieces(meds, reference, tmp_path, monkeypatch):
+    import ehr_sequencing.prepare as prepare
+    monkeypatch.setattr(prepare, "_LARGE_FILE", 20_000)
+    store = prepare_store(PrepareConfig(meds, tmp_path / "store", n_jobs=1, n_shards=7), say=quiet)
+    assert_same(store, reference)
+
+
+SLIPS = {  # options -> what the one line says
+    "an exclusion that fits nothing": (["--exclude", "DX//1,DX//2"], "fits no code of the source. Several are separated by ';'"),
+    "a roll-up that concerns nothing": (["--roll_up", "atc3"], "no code of the source is rolled up"),
+    "columns that are no pairs": (["--columns", "subject_id"], "columns: expected pairs such as"),
+    "a seed below 0": (["--seed", -1], "seed: expected 0 or more"),
+    "no process": (["--n_jobs", 0], "n_jobs: expected 1 or more"),
+    "too many shards": (["--n_shards", 10_000], "n_shards: expected 1 to 1000"),
+    "an address that is none": (["--cluster", "junk"], "expected the address of a Dask scheduler"),
+    "fractions that are none": (["--train_fraction", "nan"], "fractions: expected three numbers"),
+    "rare everything": (["--min_patients", 10**9], "No code occurs in 1000000000 or more training patients")}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slips_are_told_in_one_line(slip, meds, tmp_path):
+    options, message = SLIPS[slip]
+    done = run(meds, tmp_path / "store", *options)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_fractions_that_add_up_on_paper(meds, tmp_path):
+    assert run(eunomia_path(), tmp_path / "store", "--train_fraction", 0.9, "--tuning_fraction", 0.1, "--n_jobs", 1).returncode == 0
+    assert load_sequences(tmp_path / "store").meta["splits"]["held_out"] == 0
+
+
+def test_a_shard_that_is_cut_short_is_named(meds, tmp_path):
+    source = shutil.copytree(meds, tmp_path / "meds")
+    shard = source / "data" / "train" / "6.parquet"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    done = run(source, tmp_path / "store")
+    assert done.returncode == 1 and "train/6.parquet: cannot be read" in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "store.partial").exists()
+
+
 EXPECTED = {  # patients with visits, visits, explained: what the README of the data counts
     "mimic-iv-demo-omop": (100, 852), "mimic-iv-demo-meds": (100, 3289), "synthea-apr2020-csv": (1171, 63423)}
 

@@ -167,7 +167,7 @@ def same(store, file, tokens):
 
 def opening(store):
     "Milliseconds to open a store, median of five fresh processes (imports not counted)."
-    code = f"import time; from ehr_sequencing.sequences import load_sequences; t = time.perf_counter; s = load_sequences{strstore!r}; s.vocabulary; print1e3 * time.perf_counter - t"
+    code = f"import time; from ehr_sequencing.sequences import load_sequences; t = time.perf_counter(); s = load_sequences({str(store)!r}); s.vocabulary; print(1e3 * (time.perf_counter() - t))"
     return float(np.median([float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(5)]))
 
 
@@ -211,10 +211,17 @@ def main(
     prepare(slice_folder, folder / "slice-store")
     for loop in (True, False): same(load_sequences(folder / "slice-store"), folder / f"pandas-{loop}.arrow", tokens)
     runs = [prepare(source, folder / "store") for _ in range(3)]
+    alone, alone_memory, alone_private = prepare(source, folder / "store", "--n_jobs", 1)
+    prepare(source, folder / "store")
+    whole = folder / f"whole-{n}.parquet"
+    if not whole.exists(): pl.concat([pl.scan_parquet(f) for f in sorted(source.rglob("*.parquet"))]).sink_parquet(whole)
+    one, one_memory, one_private = prepare(whole, folder / "whole-store")
     seconds, memory, private = float(np.median([r[0] for r in runs])), max(r[1] for r in runs), max(r[2] for r in runs)
     say("| what | events | seconds | events a second | peak memory of all processes, GB | of it not mapped files |\n|---|---|---|---|---|---|")
     for label, spent in speeds.items(): say(f"| {label}, two shards | {slice_rows:,} | {spent:.1f} | {slice_rows / spent:,.0f} | | |")
     say(f"| `ehrseq_prepare`, 20 shards (median of 3) | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {memory / 1e9:.2f} | {private / 1e9:.2f} |")
+    say(f"| the same, one process (`--n_jobs 1`) | {rows:,} | {alone:.1f} | {rows / alone:,.0f} | {alone_memory / 1e9:.2f} | {alone_private / 1e9:.2f} |")
+    say(f"| the same events in one Parquet file, dealt out | {rows:,} | {one:.1f} | {rows / one:,.0f} | {one_memory / 1e9:.2f} | {one_private / 1e9:.2f} |")
     if not skip_large:
         large = folder / f"meds-{5 * n}"
         if not large.exists(): write_meds(large, 5 * patients, 5 * n, 100, seed=1)
@@ -222,7 +229,7 @@ def main(
         large_seconds, large_memory, large_private = prepare(large, folder / "large-store")
         say(f"| `ehrseq_prepare`, 100 shards | {large_rows:,} | {large_seconds:.1f} | {large_rows / large_seconds:,.0f} | {large_memory / 1e9:.2f} | {large_private / 1e9:.2f} |")
     ratios = [rows / seconds / (slice_rows / spent) for spent in speeds.values()]
-    say(f"\nOn the two shards both ways of pandas make the same store, number for number. For each event `ehrseq_prepare` takes {1 / ratios[0]:.3f} of the time of the loop ({ratios[0]:.0f} times as fast) and {1 / ratios[1]:.2f} of that of the aggregations ({ratios[1]:.1f} times as fast).")
+    say(f"\nOn the two shards both ways of pandas make the same store, number for number. For each event `ehrseq_prepare`, with all cores where pandas uses one and with reading, writing and the start of its processes, takes {1 / ratios[0]:.3f} of the time of the loop ({ratios[0]:.0f} times as fast) and {1 / ratios[1]:.2f} of that of the aggregations ({ratios[1]:.1f} times as fast).")
     if not skip_large: say(f"Five times the events take {large_seconds / seconds:.2f} times as long, with {large_private / private:.2f} times the memory that is not mapped files.")
     say(f"\nOpening the store of {rows:,} events takes {opening(folder / 'store'):.1f} ms.\n")
     say("| a shuffled epoch, one process | tokens a second | padding | batches |\n|---|---|---|---|")

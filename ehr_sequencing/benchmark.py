@@ -38,11 +38,11 @@ from .synthetic import OUTCOME_CODE, SyntheticCohort, oracle_risk, simulate_coho
 from .training import Trainer, make_accelerator, plot_losses, to_device
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
-# %% ../nbs/18_benchmark.ipynb #84b01c73
+# %% ../nbs/18_benchmark.ipynb #e4efad4e
 @dataclass
 class BenchmarkConfig:
     "What a benchmark runs on and how. Raises `ValueError` for settings that make no sense."
-    source: str | None = None # file or folder of records; the synthetic cohort if None
+    source: str | None = None # file or folder of records, or URL of a database; the synthetic cohort if None
     format: str | None = None # "omop", "synthea", "meds" or "table"; found out if None
     outcome: str | None = None # codes as in `Outcome`; heart failure for the synthetic cohort
     out: str | None = None # folder of results; `experiments/NAME` if None
@@ -80,7 +80,7 @@ class BenchmarkConfig:
     def folder(self) -> Path: # where results go
         "`out`, or `experiments/` with a name made of source, outcome and seed."
         if self.out: return Path(self.out)
-        stem = "synthetic" if self.source is None else re.sub(r"\..*$", "", Path(self.source).name)
+        stem = "synthetic" if self.source is None else re.sub(r"[.?].*$", "", Path(self.source).name)
         return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", f"{stem}-{self.outcome}-seed{self.seed}").strip("-").lower()
 
 # %% ../nbs/18_benchmark.ipynb #282c2a05
@@ -321,7 +321,7 @@ def plot_survival(
     for ax in axes.flat[len(arms):]: ax.remove()
     return fig
 
-# %% ../nbs/18_benchmark.ipynb #c8be9c6f
+# %% ../nbs/18_benchmark.ipynb #26e3a561
 def _report(config, cohort, table, comparisons):
     "The Markdown page of a run."
     parts = [f"# {cohort.table.name_of(config.outcome)}: who, within {config.horizon_years:g} years?", conclusion(cohort, comparisons, config), to_markdown(readable_table(table)),
@@ -340,7 +340,7 @@ def _meta(cohort):
 
 def _settings(config):
     "Settings and versions; of the source only its name, since a path can name a person."
-    settings = dataclasses.asdict(config) | {"source": None if config.source is None else Path(config.source).name, "out": config.folder.name, "horizons": config.horizons}
+    settings = dataclasses.asdict(config) | {"source": None if config.source is None else Path(config.source).name.split("?")[0], "out": config.folder.name, "horizons": config.horizons}
     packages = ("torch", "accelerate", "polars", "lifelines", "numpy")
     return settings | {"versions": {"ehr_sequencing": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}}
 

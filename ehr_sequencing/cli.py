@@ -76,10 +76,10 @@ def ehrseq_prepare(
         print(f"{store}: {len(made):,} patients, {len(made.tokens):,} tokens. Open it with load_sequences({store!r}).")
     _one_line("ehrseq_prepare", job, "the same command goes on where it was")
 
-# %% ../nbs/19_cli.ipynb #0174f2a2
+# %% ../nbs/19_cli.ipynb #41a7568e
 @call_parse
 def ehrseq_benchmark(
-    source: str = None, # file or folder of records (OMOP, Synthea, MEDS, or a CSV event table); a synthetic cohort if absent
+    source: str = None, # file, folder or database URL (OMOP, Synthea, MEDS, or a CSV event table); a synthetic cohort if absent
     format: str = None, # omop, synthea, meds or table; found out if absent
     outcome: str = None, # code, prefix*, concept:ID or death; several separated by ';'
     out: str = None, # folder of results; experiments/NAME if absent

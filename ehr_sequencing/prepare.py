@@ -145,7 +145,7 @@ def _gather(config, source, work, say):
     with whole_file(done) as partial: partial.write_text(json.dumps(gathered), encoding="utf-8")
     return gathered
 
-# %% ../nbs/02c_prepare.ipynb #69a60a7c
+# %% ../nbs/02c_prepare.ipynb #6aec6e61
 def _read_shard(file, dealt):
     "The events of a shard. Raises `OSError` if rows are missing that were dealt to it."
     if dealt is None: return meds_frame(Path(file))
@@ -164,8 +164,8 @@ def _index_shard(job):
         events, set_aside = set_aside_impossible(sort_events(events))
         records = index_records(events, job["exclude"], job["roll_up"])
         records.save(target.with_suffix(".npz"))
-        codes = events["code"].unique().to_list()
-        facts |= {"excluded": {p: [c for c in codes if is_excluded(c, [p])] for p in job["exclude"]}, "rolled_up": [c for c in codes if job["roll_up"] and roll_up_code(c, job["roll_up"]) != c]}
+        codes = events["code"].unique().to_list() if job["exclude"] or job["roll_up"] else []
+        facts |= {"excluded": {p: [c for c in codes if is_excluded(c, [p])] for p in job["exclude"]}, "rolled_up": [c for c in codes if roll_up_code(c, job["roll_up"]) != c]}
         account = facts | {"patients": n_patients, "with_visits": len(records), "events": len(records.codes) + len(records.static_codes), "set_aside": set_aside}
         with whole_file(target.with_suffix(".json")) as partial: partial.write_text(json.dumps(account))
     return job["name"]
@@ -324,7 +324,7 @@ def _check_patterns(config, jobs):
     if config.exclude and len(idle) == len(config.exclude): raise ValueError(f"exclude: {', '.join(idle)} fits no code of the source. Several are separated by ';', and a beginning ends in '*'.")
     if config.roll_up and not any(s["rolled_up"] for s in shards): raise ValueError("roll_up: no code of the source is rolled up by these rules. Compare their codes with those of the source.")
 
-# %% ../nbs/02c_prepare.ipynb #25cfafcb
+# %% ../nbs/02c_prepare.ipynb #9d614d7d
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
@@ -346,7 +346,6 @@ def _fill_store(config, source, work, say):
     shutil.rmtree(work/"store", ignore_errors=True)  # a join that was killed
     (work/"store").mkdir()
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)
-    return work
 
 # %% ../nbs/02c_prepare.ipynb #3e954ec7
 def prepare_store(

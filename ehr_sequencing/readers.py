@@ -7,11 +7,13 @@ __all__ = ['SPLITS', 'FORMATS', 'meds_shards', 'meds_split_of', 'meds_frame', 'm
            'meds_names', 'meds_facts', 'meds_notes', 'meds_key', 'meds_source', 'read_meds', 'table_source',
            'read_table', 'detect_format', 'open_events', 'read_events']
 
-# %% ../nbs/01_readers.ipynb #e5857097
+# %% ../nbs/01_readers.ipynb #6f85ed47
 from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
+import pyarrow
+import pyarrow.parquet
 
 from .databases import is_url
 from .events import BIRTH, SCHEMA, EventTable, check_column_type, column_list, event_table, is_pandas
@@ -47,15 +49,17 @@ def meds_split_of(
     if folders[:1] == ("data",): folders = folders[1:]
     return _SPLIT_NAMES.get(folders[0]) if folders else None
 
-# %% ../nbs/01_readers.ipynb #de1a1cf5
+# %% ../nbs/01_readers.ipynb #cb971aff
 _MEDS_NAMES = {"subject_id": ("subject_id", "patient_id"), "time": ("time", "timestamp"), "code": ("code",),
                "numeric_value": ("numeric_value", "numerical_value", "value"), "visit_id": ("visit_id",)}  # best first
 
 
 def _parquet_schema(file):
     "Column -> type; errors name the file."
-    try: return pl.scan_parquet(file, glob=False).collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
+    try:
+        by_lower_case(pyarrow.parquet.read_schema(file).names, _shard_name(file))
+        return pl.scan_parquet(file, glob=False).collect_schema()
+    except (pl.exceptions.PolarsError, pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{_shard_name(file)}: cannot be read ({type(error).__name__}). Is it a complete Parquet file?") from None
 
 

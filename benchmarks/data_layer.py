@@ -28,7 +28,8 @@ import torch
 from fastcore.script import call_parse
 
 from ehr_sequencing.batches import BatchLoader
-from ehr_sequencing.sequences import SPLITS, STORE_SCHEMA, load_sequences
+from ehr_sequencing.events import SPLITS
+from ehr_sequencing.sequences import STORE_SCHEMA, load_sequences, open_table
 from ehr_sequencing.vocabulary import SPECIAL_TOKENS, UNK
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data_layer.md"
@@ -125,6 +126,9 @@ def pandas_store(files, path, loop, n_value_bins=10, min_patients=5):
     return list(ids)
 
 
+def count_rows(files): return sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in files)
+
+
 class PeakMemory:
     "The largest sums over a process and its children of resident memory, and of the part of it that is no mapped file (which the system can drop)."
     def __init__(self, pid): self.process, self.resident, self.private, self.stop = psutil.Process(pid), 0, 0, threading.Event()
@@ -160,7 +164,7 @@ def prepare(source, store, *options):
 
 def same(store, file, tokens):
     "Stop unless a store holds what pandas wrote."
-    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    table = open_table(file)
     assert store.vocabulary.tokens == tokens
     for column in table.column_names: assert store.table.column(column).combine_chunks().equals(table.column(column).combine_chunks()), column
 
@@ -196,14 +200,14 @@ def main(
     n, patients = events, events // 100
     source = folder / f"meds-{n}"
     if not source.exists(): write_meds(source, patients, n, 20)
-    rows = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in source.rglob("*.parquet"))
+    rows = count_rows(source.rglob("*.parquet"))
     slice_folder = folder / f"slice-{n}"
     shutil.rmtree(slice_folder, ignore_errors=True)
     for split, name in (("train", "000"), ("held_out", "019")):
         (slice_folder / "data" / split).mkdir(parents=True)
         shutil.copy(source / "data" / split / f"{name}.parquet", slice_folder / "data" / split)
     files = sorted(slice_folder.rglob("*.parquet"))
-    slice_rows, speeds = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in files), {}
+    slice_rows, speeds = count_rows(files), {}
     for label, loop in (("pandas, a plain loop over groups", True), ("pandas, aggregated where it can", False)):
         began = time.perf_counter()
         tokens = pandas_store(files, folder / f"pandas-{loop}.arrow", loop)
@@ -225,7 +229,7 @@ def main(
     if not skip_large:
         large = folder / f"meds-{5 * n}"
         if not large.exists(): write_meds(large, 5 * patients, 5 * n, 100, seed=1)
-        large_rows = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in large.rglob("*.parquet"))
+        large_rows = count_rows(large.rglob("*.parquet"))
         large_seconds, large_memory, large_private = prepare(large, folder / "large-store")
         say(f"| `ehrseq_prepare`, 100 shards | {large_rows:,} | {large_seconds:.1f} | {large_rows / large_seconds:,.0f} | {large_memory / 1e9:.2f} | {large_private / 1e9:.2f} |")
     ratios = [rows / seconds / (slice_rows / spent) for spent in speeds.values()]

@@ -12,7 +12,10 @@ import torch
 from .sequences import SequenceStore, row_numbers
 from .vocabulary import PAD
 
-# %% ../nbs/02b_batches.ipynb #fcff9af1
+# %% ../nbs/02b_batches.ipynb #8db317ef
+def _n_static(store, rows): return store.static_offsets[rows + 1] - store.static_offsets[rows]
+
+
 def windows(
     store: SequenceStore, # where the patients are
     rows, # (B,) rows of the store
@@ -21,11 +24,12 @@ def windows(
 ) -> tuple: # four (B,) int64 arrays: first and last visit (among all visits), first token and one past the last
     "Most recent whole visits of each history that fit in `max_tokens`. Raises `ValueError` for a visit that does not exist."
     rows = row_numbers(rows, len(store))
-    begin, n_visits = store.first_visit[rows], store.n_visits[rows]
+    begin = store.first_visit[rows]
+    n_visits = store.first_visit[rows + 1] - begin
     last_visits = n_visits - 1 if last_visits is None else np.asarray(last_visits, dtype=np.int64)
     wrong = (last_visits < 0) | (last_visits >= n_visits)
     if wrong.any(): raise ValueError(f"last_visits: {int(wrong.sum())} of {len(rows)} are not in 0..visits-1 of their patient, first at position {int(wrong.argmax())}.")
-    static = store.static_offsets[rows + 1] - store.static_offsets[rows]
+    static = _n_static(store, rows)
     room = max_tokens - static
     if len(rows) and room.min() < 1: raise ValueError(f"max_tokens: {max_tokens} leaves no room beside {int(static.max())} static tokens.")
     last = begin + last_visits
@@ -35,7 +39,7 @@ def windows(
     token_begin = store.token_offsets[first]
     return first, last, token_begin, np.minimum(token_end, token_begin + room)
 
-# %% ../nbs/02b_batches.ipynb #840bbb21
+# %% ../nbs/02b_batches.ipynb #fbf7e0ea
 _DAY = np.timedelta64(1, "D")
 
 
@@ -57,7 +61,7 @@ def _time_features(days, mask):
 
 def _token_arrays(store, rows, first, begin, end):
     "Codes, visit of each token and its rank within the visit, each (B, L); padding has visit -1."
-    static = store.static_offsets[rows + 1] - store.static_offsets[rows]
+    static = _n_static(store, rows)
     length = static + end - begin
     position = np.arange(max(1, length.max()))[None, :]
     mask, is_static = position < length[:, None], position < static[:, None]
@@ -110,7 +114,7 @@ def make_batch(
     if layout != "flat": arrays |= _nested(codes, visit, rank, mask, sequence_mask)
     return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
 
-# %% ../nbs/02b_batches.ipynb #70ee69d4
+# %% ../nbs/02b_batches.ipynb #fcda3cc4
 class _Planned(torch.utils.data.Dataset):
     "Batches of one epoch by number, for the processes of a `DataLoader`."
     def __init__(self, loader, plan): self.loader, self.plan = loader, plan
@@ -120,6 +124,16 @@ class _Planned(torch.utils.data.Dataset):
         loader = self.loader
         batch = make_batch(loader.store, *self.plan[i], loader.max_tokens, loader.layout)
         return loader.transform(batch) if loader.transform else batch
+
+
+def _window_sizes(store, rows, ends, max_tokens, layout):
+    "(n, 1) tokens of each window, or (n, 2) its visits and widest visit."
+    first, last, begin, end = windows(store, rows, ends, max_tokens)
+    static = _n_static(store, rows)
+    if layout != "hierarchical": return (end - begin + static)[:, None]
+    widths = np.append(np.diff(store.token_offsets), 0)
+    widest = np.maximum.reduceat(widths, np.column_stack([first, last + 1]).ravel())[::2]
+    return np.column_stack([last - first + 1, np.minimum(np.maximum(widest, static + widths[first]), max_tokens)])
 
 
 def _fill(sizes, budget, max_patients):
@@ -132,7 +146,7 @@ def _fill(sizes, budget, max_patients):
         current.append(i); longest = grown
     return batches + [current]
 
-# %% ../nbs/02b_batches.ipynb #1f634390
+# %% ../nbs/02b_batches.ipynb #3149b399
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included."
     def __init__(self,
@@ -167,25 +181,16 @@ class BatchLoader:
         "The visit at which each history ends this epoch."
         if not self.random_end: return self.last_visits
         begin = self.store.first_visit[self.rows]
-        room = self.max_tokens - np.diff(self.store.static_offsets)[self.rows]
+        room = self.max_tokens - _n_static(self.store, self.rows)
         full = np.searchsorted(self.store.token_offsets, self.store.token_offsets[begin] + room, side="left") - 1 - begin
         earliest = np.minimum(full, self.last_visits)  # a history that fits keeps its end
         return generator.integers(earliest, self.last_visits + 1)
-
-    def _sizes(self, ends):
-        "(n, 1) tokens of each window, or (n, 2) its visits and widest visit."
-        first, last, begin, end = windows(self.store, self.rows, ends, self.max_tokens)
-        static = np.diff(self.store.static_offsets)[self.rows]
-        if self.layout != "hierarchical": return (end - begin + static)[:, None]
-        widths = np.append(np.diff(self.store.token_offsets), 0)
-        widest = np.maximum.reduceat(widths, np.column_stack([first, last + 1]).ravel())[::2]
-        return np.column_stack([last - first + 1, np.minimum(np.maximum(widest, static + widths[first]), self.max_tokens)])
 
     def _plan(self):
         "Rows and ends of each batch."
         generator = np.random.default_rng([self.seed, self.epoch])
         ends = self._ends(generator)
-        sizes = self._sizes(ends)
+        sizes = _window_sizes(self.store, self.rows, ends, self.max_tokens, self.layout)
         order = np.lexsort((generator.random(len(sizes)) if self.shuffle else np.arange(len(sizes)), *sizes.T[::-1]))
         batches = [order[b] for b in _fill(sizes[order], self.token_budget, self.max_patients)]
         if self.shuffle: batches = [batches[i] for i in generator.permutation(len(batches))]

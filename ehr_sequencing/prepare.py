@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #d6798452
+# %% ../nbs/02c_prepare.ipynb #d2a20b2b
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,11 +24,11 @@ except ImportError: fcntl = None  # Windows has no such lock
 
 from . import __version__
 from .databases import is_url
-from .events import set_aside_impossible, sort_events
+from .events import SPLITS, set_aside_impossible, sort_events
 from .files import scan_file
-from .jobs import whole_file, workers
-from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, meds_subjects, open_events
-from .sequences import SCHEMA_VERSION, SPLITS, SequenceStore, StoreArrays, draw_splits, known_splits, load_sequences, take_rows, tokenize_records, write_sequences, write_store
+from .jobs import move_into_place, whole_file, workers
+from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, meds_subjects, meds_zoned, open_events
+from .sequences import SCHEMA_VERSION, SequenceStore, StoreArrays, draw_splits, known_splits, load_sequences, open_table, take_rows, tokenize_records, write_sequences, write_store
 from .vocabulary import Records, Vocabulary, add_counts, count_tokens, count_values, fit_value_edges, index_records, is_excluded, make_vocabulary, roll_up_code
 
 # %% ../nbs/02c_prepare.ipynb #a7f170b9
@@ -145,7 +144,7 @@ def _gather(config, source, work, say):
     with whole_file(done) as partial: partial.write_text(json.dumps(gathered), encoding="utf-8")
     return gathered
 
-# %% ../nbs/02c_prepare.ipynb #6aec6e61
+# %% ../nbs/02c_prepare.ipynb #d4a2f739
 def _read_shard(file, dealt):
     "The events of a shard. Raises `OSError` if rows are missing that were dealt to it."
     if dealt is None: return meds_frame(Path(file))
@@ -159,7 +158,7 @@ def _index_shard(job):
     target = Path(job["work"])/"records"/job["name"]
     if not target.with_suffix(".json").exists():
         events = _read_shard(job["file"], job["dealt"])
-        facts = meds_facts(job["file"], events) if job["dealt"] is None else {"rows": len(events)}
+        facts = meds_facts(events, meds_zoned(job["file"])) if job["dealt"] is None else {"rows": len(events)}
         n_patients = events["subject_id"].n_unique()
         events, set_aside = set_aside_impossible(sort_events(events))
         records = index_records(events, job["exclude"], job["roll_up"])
@@ -198,13 +197,10 @@ def _tokenize_shard(job):
         write_sequences(target, [tokenize_records(records, vocabulary, job["splits"], job["deduplicate"])])
     return job["name"]
 
-# %% ../nbs/02c_prepare.ipynb #cac257b0
-def _open_rows(file): return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-
-
+# %% ../nbs/02c_prepare.ipynb #b5c81d8f
 def _ordered_blocks(files, block_rows=16384):
     "Rows of several files as tables, ordered by subject id over all of them."
-    tables = [_open_rows(f) for f in files]
+    tables = [open_table(f) for f in files]
     ids = [StoreArrays(t, None).subject_ids for t in tables]
     filled = [i for i in range(len(ids)) if len(ids[i])]
     if all(ids[a][-1] < ids[b][0] for a, b in zip(filled, filled[1:])):
@@ -220,7 +216,7 @@ def _ordered_blocks(files, block_rows=16384):
         pieces = [take_rows(tables[k], row[block][by_file][owner[block][by_file] == k]) for k in np.unique(owner[block])]
         yield take_rows(pa.concat_tables(pieces).combine_chunks(), np.argsort(by_file, kind="stable"))
 
-# %% ../nbs/02c_prepare.ipynb #8ee4d859
+# %% ../nbs/02c_prepare.ipynb #e6ccabc6
 _FILES = {"sequences.arrow", "vocabulary.json", "meta.json"}  # what a store consists of
 
 
@@ -245,7 +241,7 @@ def _only_one(work):
         except BlockingIOError: raise BlockingIOError(f"{work}: another process is preparing this store. Wait for it, or choose another folder.") from None
         yield
 
-
+# %% ../nbs/02c_prepare.ipynb #9c96021e
 def _begin(config, work):
     "Make the folder of work ready, empty or as an earlier call with the same settings left it; the source. Raises `ValueError`, and the readers' errors."
     source = open_events(config.source, config.format, config.schema, config.columns)
@@ -281,7 +277,7 @@ def _stamp(source):
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     return [[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
-# %% ../nbs/02c_prepare.ipynb #87143505
+# %% ../nbs/02c_prepare.ipynb #d9744fd6
 def _jobs(config, gathered, work):
     "One job for each shard."
     dealt = gathered["dealt"] or [None] * len(gathered["files"])
@@ -302,9 +298,8 @@ def _set_splits(config, gathered, given, jobs):
     return "drawn at random" if given is None else "those of the source"
 
 
-def _account(config, gathered, splits, jobs):
+def _account(config, gathered, splits, shards):
     "What was read and set aside, over all shards."
-    shards = [json.loads((Path(j["work"])/"records"/f"{j['name']}.json").read_text()) for j in jobs]
     total = {name: sum(s[name] for s in shards) for name in ("rows", "patients", "with_visits", "events")}
     set_aside = dict(gathered["set_aside"])
     for shard in shards:
@@ -317,21 +312,21 @@ def _account(config, gathered, splits, jobs):
             "patients_without_visit": total["patients"] - total["with_visits"], "events": total["events"]}
 
 
-def _check_patterns(config, jobs):
+def _check_patterns(config, shards):
     "Raise if an exclusion or the roll-up concerns no code of the source: a slip of the pen there lets the outcome into the input."
-    shards = [json.loads((Path(j["work"])/"records"/f"{j['name']}.json").read_text()) for j in jobs]
     idle = [p for p in config.exclude if not any(s["excluded"][p] for s in shards)]
     if config.exclude and len(idle) == len(config.exclude): raise ValueError(f"exclude: {', '.join(idle)} fits no code of the source. Several are separated by ';', and a beginning ends in '*'.")
     if config.roll_up and not any(s["rolled_up"] for s in shards): raise ValueError("roll_up: no code of the source is rolled up by these rules. Compare their codes with those of the source.")
 
-# %% ../nbs/02c_prepare.ipynb #9d614d7d
+# %% ../nbs/02c_prepare.ipynb #72f988c2
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
         gathered = _gather(config, source, work, say)
         jobs, show = _jobs(config, gathered, work), say is print
         for _ in run(_index_shard, jobs, "reading", show): pass
-        _check_patterns(config, jobs)
+        shards = [json.loads((work/"records"/f"{j['name']}.json").read_text()) for j in jobs]
+        _check_patterns(config, shards)
         origin = _set_splits(config, gathered, source.splits, jobs)
         for _ in run(_values_of_shard, jobs, "counting values", show): pass
         edges = fit_value_edges(add_counts(pl.read_parquet(work/"values"/f"{j['name']}.parquet", glob=False) for j in jobs), config.n_value_bins, config.min_patients)
@@ -342,12 +337,12 @@ def _fill_store(config, source, work, say):
         with whole_file(work/"vocabulary.json") as partial: partial.write_text(vocabulary.to_json(), encoding="utf-8")
         for _ in run(_tokenize_shard, jobs, "tokenising", show): pass
     options = {name: value for name, value in config.settings().items() if name not in ("source", "format", "schema", "columns", "names")}
-    meta = {"schema_version": SCHEMA_VERSION} | _account(config, gathered, source.splits, jobs) | {"split": origin, "options": options}
+    meta = _account(config, gathered, source.splits, shards) | {"split": origin, "options": options}
     shutil.rmtree(work/"store", ignore_errors=True)  # a join that was killed
     (work/"store").mkdir()
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)
 
-# %% ../nbs/02c_prepare.ipynb #3e954ec7
+# %% ../nbs/02c_prepare.ipynb #e1050227
 def prepare_store(
     config: PrepareConfig, # what to read and how
     say=print, # called with each line of the account
@@ -366,15 +361,8 @@ def prepare_store(
             except (ValueError, TypeError) as error:
                 if type(error) in (ValueError, TypeError): _clear(work)  # source or settings are at fault: what was done is of no use
                 raise
-            _publish(store, work)
+            move_into_place(work/"store", store)
+            shutil.rmtree(work, ignore_errors=True)
         finally:
             if work.exists() and {p.name for p in work.iterdir()} == {"lock"}: shutil.rmtree(work)
     return load_sequences(store)
-
-
-def _publish(store, work):
-    "Move the finished store to its place."
-    old = store.with_name(f".{store.name}.{os.getpid()}")
-    if store.exists(): store.rename(old)
-    (work/"store").rename(store)
-    for folder in (old, work): shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ __all__ = ['SPECIAL_TOKENS', 'PAD', 'UNK', 'MASK', 'CLS', 'SEP', 'roll_up_code',
            'index_records', 'count_values', 'add_counts', 'fit_value_edges', 'token_names', 'token_numbers',
            'Vocabulary', 'count_tokens', 'make_vocabulary', 'fit_vocabulary']
 
-# %% ../nbs/01b_vocabulary.ipynb #b9edb53e
+# %% ../nbs/01b_vocabulary.ipynb #6d57251c
 import json
 import re
 from dataclasses import dataclass, field, fields
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .events import STRUCTURAL_CODES, assign_visits, follow_up, visit_table
+from .events import STRUCTURAL_CODES, follow_up, group_visits
 from .jobs import whole_file
 
 # %% ../nbs/01b_vocabulary.ipynb #59aaaf95
@@ -104,15 +104,14 @@ def _number_codes(series, exclude, roll_up):
     numbers = np.array([number[t] for t in targets], dtype=np.int32)
     return names, numbers[series.cast(pl.Enum(found)).to_physical().to_numpy()]
 
-# %% ../nbs/01b_vocabulary.ipynb #a81eb968
+# %% ../nbs/01b_vocabulary.ipynb #8441cfc6
 def index_records(
     events: pl.DataFrame, # event table; each patient's events are all in it
     exclude=(), # codes, or beginnings that end in `*`, that are left out
     roll_up=(), # rules of `roll_up_code`
 ) -> Records: # one entry for each patient who has a visit
     "Group events into visits and replace codes by numbers. The order within a visit is by time, code and value."
-    visits = visit_table(events)
-    timed = assign_visits(events, visits).select("subject_id", "visit_index", "code", "numeric_value")
+    visits, timed = group_visits(events)
     seen = visits["subject_id"].unique().sort()
     static = (events.filter(pl.col("time").is_null()).join(seen.to_frame(), on="subject_id", how="semi")
               .sort("subject_id", "code", "numeric_value", nulls_last=False))
@@ -258,7 +257,7 @@ class Vocabulary:
         "Read what `to_json` wrote."
         return cls(**json.loads(text))
 
-# %% ../nbs/01b_vocabulary.ipynb #6ae57d65
+# %% ../nbs/01b_vocabulary.ipynb #92f1ce67
 def count_tokens(
     records: Records, # a shard
     training: np.ndarray, # (N,) bool, which patients are training patients
@@ -303,4 +302,4 @@ def fit_vocabulary(
     records = index_records(events, exclude, roll_up)
     everybody = np.ones(len(records), dtype=bool)
     edges = fit_value_edges(count_values(records, everybody), n_value_bins, min_patients)
-    return make_vocabulary(add_counts([count_tokens(records, everybody, edges)]), edges, min_patients, exclude, roll_up, names)
+    return make_vocabulary(count_tokens(records, everybody, edges), edges, min_patients, exclude, roll_up, names)

@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #c2969417
+# %% ../nbs/18_benchmark.ipynb #56544f80
 import dataclasses
 import json
 import platform
@@ -31,14 +31,15 @@ from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_land
                                      split_patients)
 from .batches import BatchLoader
 from .jobs import whole_folder
+from .oracle import oracle_risk
 from .readers import read_events
 from .sequences import SequenceStore, build_store
 from .survival import BEHRTForSurvival, SurvivalModel
-from .synthetic import OUTCOME_CODE, SyntheticCohort, oracle_risk, simulate_cohort
+from .synthetic import OUTCOME_CODE, SyntheticCohort, simulate_cohort
 from .training import Trainer, make_accelerator, plot_losses, to_device
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
-# %% ../nbs/18_benchmark.ipynb #e4efad4e
+# %% ../nbs/18_benchmark.ipynb #f2d2cab9
 @dataclass
 class BenchmarkConfig:
     "What a benchmark runs on and how. Raises `ValueError` for settings that make no sense."
@@ -53,6 +54,7 @@ class BenchmarkConfig:
     limit: int | None = None # keep at most this many patients
     horizon_years: float = 5 # risk is asked within this many years of 365 days
     num_patients: int = 3000 # of the synthetic cohort
+    hazard_ratio: float = 3 # of the synthetic cohort: a clinic in which the outcome is three times as common as in people of that age
     max_tokens: int = 512 # tokens a patient that the networks see
     token_budget: int = 4096 # tokens a batch
     min_patients: int = 5 # a code seen in fewer training patients is unknown
@@ -83,7 +85,7 @@ class BenchmarkConfig:
         stem = "synthetic" if self.source is None else re.sub(r"[.?].*$", "", Path(self.source).name)
         return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", f"{stem}-{self.outcome}-seed{self.seed}").strip("-").lower()
 
-# %% ../nbs/18_benchmark.ipynb #282c2a05
+# %% ../nbs/18_benchmark.ipynb #34ae5ff5
 @dataclass
 class Cohort:
     "Everything that models are trained and judged on."
@@ -98,7 +100,7 @@ class Cohort:
 
 def _read(config, say):
     "The events: simulated, or read and described."
-    truth = simulate_cohort(config.num_patients, config.seed) if config.source is None else None
+    truth = simulate_cohort(config.num_patients, config.seed, hazard_ratio=config.hazard_ratio) if config.source is None else None
     table = truth.table if truth else read_events(config.source, config.format)
     say(f"Simulated a cohort from seed {config.seed}." if truth else f"Read {table.source} as {table.format}.")
     if config.limit is not None: table = sample_patients(table, config.limit, config.seed)

@@ -60,7 +60,7 @@ def test_no_message_shows_a_patient(tmp_path, command):
 
 
 def test_impossible_records_are_set_aside_and_counted(tmp_path, command):
-    events = simulate_cohort(300, seed=0).table.events.select("subject_id", "time", "code", "numeric_value")
+    events = simulate_cohort(300, seed=0, hazard_ratio=3).table.events.select("subject_id", "time", "code", "numeric_value")
     births = events.filter(pl.col("code") == "MEDS_BIRTH").head(7)
     deaths = events.filter(pl.col("code") == "MEDS_DEATH").head(5)
     early = births.with_columns(time=pl.col("time").dt.offset_by("-1y"), code=pl.lit("EARLY"))

@@ -62,7 +62,7 @@ def test_a_run_names_no_patient(tmp_path, command):
     import polars as pl
     from ehr_sequencing.synthetic import simulate_cohort
     shift = 7_000_000_000_000
-    events = simulate_cohort(300, seed=0).table.events.select(pl.col("subject_id") + shift, "time", "code", "numeric_value")
+    events = simulate_cohort(300, seed=0, hazard_ratio=3).table.events.select(pl.col("subject_id") + shift, "time", "code", "numeric_value")
     events.with_columns(pl.col("time").dt.to_string()).write_csv(tmp_path / "events.csv")
     done, left = command("--source", tmp_path / "events.csv", "--outcome", "ICD10CM//I50", "--epochs", 1, "--device", "cpu", "--out", "run")
     assert done.returncode == 0, done.stderr

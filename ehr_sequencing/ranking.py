@@ -61,7 +61,12 @@ class _PairwiseMean(torch.autograd.Function):
         if torch.is_grad_enabled(): raise RuntimeError("create_graph: the pairwise ranking loss has first derivatives only; call backward without create_graph")
         return ctx.saved_tensors[0] * upstream, *[None] * 8
 
-# %% ../nbs/09a_ranking.ipynb #f27bf80a
+# %% ../nbs/09a_ranking.ipynb #579e4b19
+def _patient_weights(counts, dtype):
+    "Weight 1 for each patient, divided among the visits that count."
+    return counts.to(dtype) if counts.ndim == 1 else counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
 def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_censored, pairs_per_block):
     "Mean penalty, 0 without a comparable pair, and the number of pairs."
     _check_penalty(form, sigma)
@@ -71,7 +76,7 @@ def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_c
     step = torch.arange(logits.shape[-1], device=logits.device)  # (K,)
     used = counts.unsqueeze(-1) & (step < (times + (indicators | tied_censored)).unsqueeze(-1))  # no risk is read beyond its own time
     risks = -torch.expm1(F.logsigmoid(-_counted(logits, used)).cumsum(-1)).flatten(0, -2)  # (N, K), N = B or B * V
-    weights = (counts / counts.sum(-1, keepdim=True).clamp(min=1) if counts.ndim == 2 else counts).flatten().to(risks.dtype)  # (N,)
+    weights = _patient_weights(counts, risks.dtype).flatten()  # (N,)
     patients = torch.arange(len(counts), device=logits.device).repeat_interleave(counts.shape[1]) if counts.ndim == 2 else None
     return _PairwiseMean.apply(risks, times.masked_fill(~counts, -1).flatten(), indicators.flatten(), weights, patients, form, float(sigma), tied_censored, int(pairs_per_block))
 
@@ -120,7 +125,7 @@ class PairwiseRankingLoss(nn.Module):
         "See `pairwise_ranking_loss`."
         return self.value_and_pairs(logits, event_times, event_indicators, at_risk)[0]
 
-# %% ../nbs/09a_ranking.ipynb #84f8c935
+# %% ../nbs/09a_ranking.ipynb #73a19391
 def null_scales(
     event_times: Tensor, # (n,) or (n, V) int64, of the training data; -1 for never at risk
     event_indicators: Tensor, # the same shape, bool
@@ -128,11 +133,13 @@ def null_scales(
     at_risk: Tensor | None = None, # the same shape, bool
     form: str = "logistic", # of the ranking penalty
 ) -> tuple: # scale of the likelihood, scale of the ranking
-    "Both losses of a model that knows nothing about patients: the life table, and equal risks. Raises `ValueError` if nobody has the event."
+    "Both losses of a model that knows nothing about patients: the life table, and equal risks. Raises `ValueError` if nobody has the event, or for another form."
+    _check_penalty(form, 1)
+    event_times, event_indicators, at_risk = event_times.cpu(), event_indicators.cpu(), None if at_risk is None else at_risk.cpu()
     counts = _at_risk(event_times, at_risk)
     times, indicators = event_times.masked_fill(~counts, 0).unsqueeze(-1), (event_indicators.bool() & counts).unsqueeze(-1)
     if not indicators.any(): raise ValueError("event_indicators: nobody has the event, so there is no scale to divide by")
-    weights = (counts / counts.sum(-1, keepdim=True).clamp(min=1) if counts.ndim == 2 else counts).double().unsqueeze(-1)
+    weights = _patient_weights(counts, torch.float64).unsqueeze(-1)
     step = torch.arange(n_steps, device=times.device)
     happens = indicators & (times == step)  # (..., K)
     events, exposed = ((weights * c).flatten(0, -2).sum(0) for c in (happens, happens | (step < times)))  # (K,)

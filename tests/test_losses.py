@@ -146,7 +146,7 @@ def test_ranking_is_that_of_deephit_in_pycox(case, sigma, tied):
 @given(visits(), FORM, BLOCKS)
 def test_ranking_of_visits_weighs_patients_equally_and_compares_nobody_with_himself(case, form, size):
     z, T, E, at_risk = case
-    weights, groups = (at_risk / at_risk.sum(1, keepdim=True).clamp(min=1)).flatten().tolist(), torch.arange(len(T)).repeat_interleave(T.shape[1]).tolist()
+    weights, groups = (at_risk.double() / at_risk.sum(1, keepdim=True).clamp(min=1)).flatten().tolist(), torch.arange(len(T)).repeat_interleave(T.shape[1]).tolist()
     total, weight = naive_pairs(z.flatten(0, 1), torch.where(at_risk, T, -1).flatten(), E.flatten(), form, 0.1, True, weights, groups)
     assume(weight)
     assert pairwise_ranking_loss(z, T, E, at_risk, form, pairs_per_block=size).item() == pytest.approx(total / weight, rel=1e-9)
@@ -248,6 +248,7 @@ def test_masked_loss_is_that_of_loops(case, reduction):
     per_patient = [[(z[b, v, 0].item() - T[b, v].item())**2 for v in range(T.shape[1]) if mask[b, v]] for b in range(len(T))]
     expected = np.mean([np.mean(one) for one in per_patient if one]) if reduction == "patient" else np.mean(sum(per_patient, []))
     assert compute_masked_loss(z[..., 0], T.double(), mask, F.mse_loss, reduction).item() == pytest.approx(expected, rel=1e-9)
+    assert compute_masked_loss(z, z * 0, mask, F.mse_loss, "visit").item() == pytest.approx((z[mask]**2).mean().item(), rel=1e-9)
     classes = torch.where(mask, T.clamp(max=z.shape[-1] - 1), -100)
     assert compute_masked_loss(z, classes, mask, F.cross_entropy, "visit").item() == pytest.approx(F.cross_entropy(z[mask], classes[mask]).item(), rel=1e-9, abs=1e-12)
 

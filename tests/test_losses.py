@@ -362,18 +362,19 @@ torch.set_num_threads(1)
 def peak():
     if sys.platform == "linux": return int(re.search("VmHWM:\\\\s+(\\\\d+)", open("/proc/self/status").read())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-def run(n, form):
+def run(n, form, K):
     g = torch.Generator().manual_seed(0)
-    z, T = torch.randn(n, 30, generator=g).requires_grad_(), torch.randint(0, 31, (n,), generator=g)
-    HybridSurvivalLoss(form=form)(z, T, (torch.rand(n, generator=g) < 0.8) & (T < 30)).total.backward()
+    z, T = torch.randn(n, K, generator=g).requires_grad_(), torch.randint(0, K + 1, (n,), generator=g)
+    HybridSurvivalLoss(form=form)(z, T, (torch.rand(n, generator=g) < 0.9) & (T < K)).total.backward()
     assert z.grad.isfinite().all()
-run(300, "logistic")
+run(300, "logistic", 30)
 before = peak()
-for form in ("logistic", "exponential"): run(10_000, form)
+for form in ("logistic", "exponential"):  # one step is the worst case: 25 million pairs at once
+    for K in (30, 1): run(10_000, form, K)
 print((peak() - before) // 1024)
 """
 
 
-def test_ten_thousand_patients_fit_in_a_gigabyte():
+def test_ten_thousand_patients_fit_in_far_less_than_a_gigabyte():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert 5 < int(done.stdout) < 1000
+    assert 5 < int(done.stdout) < 400

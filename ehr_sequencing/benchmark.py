@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #c2969417
+# %% ../nbs/18_benchmark.ipynb #9991e865
 import dataclasses
 import json
 import platform
@@ -23,16 +23,18 @@ import torch
 
 from . import __version__
 from .baselines import CoxBaseline
+from .batches import BatchLoader
 from .behrt import BEHRTConfig, count_parameters
 from .events import EventTable, cohort_summary, sample_patients
+from .horizons import attach_labels
+from .jobs import whole_folder
+from .landmarks import Landmarks, draw_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import bootstrap_concordance, concordance_index, interval, plot_risk_groups
-from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
-                                     split_patients)
-from .batches import BatchLoader
-from .jobs import whole_folder
+from .outcomes import Outcome, VisitLabels, feature_exclusions, label_visits
 from .readers import read_events
 from .sequences import SequenceStore, build_store
+from .splits import split_patients
 from .survival import BEHRTForSurvival, SurvivalModel
 from .synthetic import OUTCOME_CODE, SyntheticCohort, oracle_risk, simulate_cohort
 from .training import Trainer, make_accelerator, plot_losses, to_device

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LABEL_SCHEMA', 'write_meds_labels', 'read_meds_labels']
 
-# %% ../nbs/04d_label_files.ipynb #0d3b7e92
+# %% ../nbs/04d_label_files.ipynb #dd5db3b8
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from .events import column_list
-from .jobs import whole_file
 from .horizons import within_horizons
+from .jobs import whole_file
 from .landmarks import Landmarks
 from .outcomes import flow_frame
 from .sequences import SequenceStore

@@ -70,7 +70,11 @@ def test_visit_labels_follow_the_definition(patients, options):
         at_risk = [v - visits[0] for v in visits if labels.at_risk[v]]
         assert labels.n_at_risk[row] == len(at_risk)
         assert (labels.first_at_risk[row], labels.last_at_risk[row]) == ((at_risk[0], at_risk[-1]) if at_risk else (-1, -1))
-        if at_risk and labels.event_indicators[row]: assert labels.event_times[row] >= at_risk[0]
+        if at_risk:
+            known = ((store.visit_known[visits.start:visits.stop] - np.datetime64(BEGIN)) / np.timedelta64(1, "D")).astype(int)
+            d, kind, _ = by_definition(patient, options, int(known[at_risk[0]]))
+            assert labels.event_indicators[row] == (kind == 1)
+            assert labels.event_times[row] == ((known < known[at_risk[0]] + d) if kind else (known <= known[at_risk[0]] + d)).sum() - 1
     flow = labels.flow
     assert flow.loc["patients in the source", "patients"] == len(patients)
     assert flow.loc[flow["kind"] == "excluded", "patients"].sum() + flow.loc["analysed", "patients"] == len(patients)
@@ -196,6 +200,25 @@ def test_no_split_divides_a_patient_or_a_group(seed, n_groups, method):
         assert first[split["train"]].max() < first[split["validation"]].min() and first[split["validation"]].max() < first[split["test"]].min()
     again = split_patients(labels, seed, method=method, groups=groups)
     assert all((split[p] == again[p]).all() for p in split)
+
+
+def test_a_label_file_brings_back_the_visits(tmp_path):
+    table, store = source([SURE, SURE_LATE, SURE | {"F": [], "visit": [1, 2, 3], "OBSERVATION_END": [25], "MEDS_DEATH": [31]}])
+    labels = label_visits(store, table, Outcome("F"), horizons=(5, 20))
+    marks = at_each_visit(labels, store)
+    write_meds_labels(tmp_path / "labels.parquet", marks, store, 5)
+    read = read_meds_labels(tmp_path / "labels.parquet")
+    back = at_moments(labels, store, read["subject_id"].to_numpy(), read["prediction_time"].to_numpy())
+    yes, known = (a[:, 0] for a in within_horizons(marks.durations, marks.event_types, 5))
+    assert (back.visits == marks.visits[known]).all() and (back.rows == marks.rows[known]).all() and (back.elapsed == 0).all()
+    assert read["boolean_value"].to_list() == yes[known].tolist()
+
+
+@pytest.mark.parametrize("horizon, seen", [(7, True), (6, False)])
+def test_the_last_horizon_is_inside(horizon, seen):
+    table, store = source([SURE, SURE_LATE])
+    marks = at_visit(label_visits(store, table, Outcome("F"), horizons=(2, horizon)), store, 1)
+    assert (marks.durations[0], marks.events[0]) == (horizon, seen)
 
 
 def test_label_files_are_what_the_standard_checks(tmp_path):

@@ -2,7 +2,7 @@
 
     python benchmarks/pbc2_landmarks.py --data ../shared/data/pbc2/pbc2.csv.gz
 
-The Mayo Clinic trial of primary biliary cirrhosis, 1974 to 1984 (Murtaugh et al. 1994, doi:10.1002/hep.1840200126): 312 patients, 1,945 visits, 140 deaths, 29
+The Mayo Clinic cohort of primary biliary cirrhosis, entered 1974 to 1984 (Murtaugh et al. 1994, doi:10.1002/hep.1840200120): 312 patients, 1,945 visits, 140 deaths, 29
 transplants. The event is death; a transplant is censoring in one analysis and a competing event in the other. The covariates are those of the Mayo model, chosen before
 anything was fitted: age, edema, and the logarithms of bilirubin, albumin and prothrombin time, each as last observed by the landmark.
 """
@@ -116,7 +116,7 @@ def prepare(
     path, # pbc2.csv.gz
     outcome: Outcome, # one of `OUTCOMES`
 ) -> tuple: # events, store, labels
-    "Read the trial and label its visits; follow-up counts up to the last horizon."
+    "Read the cohort and label its visits; follow-up counts up to the last horizon."
     table = pbc2_events(path)
     store = build_store(table, fit_vocabulary(table.events))
     return table, store, label_visits(store, table, outcome, np.array(HORIZON_YEARS) * YEAR)
@@ -124,7 +124,7 @@ def prepare(
 
 @call_parse
 def main(
-    data: str = "../shared/data/pbc2/pbc2.csv.gz", # file of the trial
+    data: str = "../shared/data/pbc2/pbc2.csv.gz", # file of the cohort
     seed: int = 0, # of the folds
 ):
     "Fit and count; the table of scores is added with the metrics."

@@ -85,7 +85,7 @@ def at_each_visit(
     return _at_visits(labels, store, of_row[kept], visits[kept], asked=np.flatnonzero(kept),
                       flow=flow_frame([("visits", len(kept), "total"), ("not at risk", (~kept).sum(), "excluded"), ("landmarks", kept.sum(), "total")], "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #e88c5b3f
+# %% ../nbs/04b_landmarks.ipynb #9dea9971
 def draw_landmarks(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -94,7 +94,7 @@ def draw_landmarks(
     per_patient: int = 1, # landmarks drawn for each, without repetition
 ) -> Landmarks: # ordered by row and visit
     "Draw visits at risk uniformly within each patient. Raises `ValueError` for a patient who never is at risk."
-    rows = np.sort(_asked_rows(labels, rows))
+    rows = np.unique(_asked_rows(labels, rows))
     if per_patient < 1: raise ValueError(f"per_patient: expected at least 1, got {per_patient}")
     never = labels.n_at_risk[rows] == 0
     if never.any(): raise ValueError(f"rows: the patient in row {rows[never.argmax()]} is never at risk; use the rows of `split_patients`")

@@ -121,6 +121,7 @@ def test_nothing_after_the_date_matters(patients, date, data):
         limit = (BEGIN + datetime.timedelta(days=date)).date()
         labels = label_visits(store, table, Outcome("F"), before=limit)
         marks = at_each_visit(labels, store)
+        assert np.isfinite(labels.durations).all()
         seen.append((store.subject_ids[marks.rows].tolist(), marks.visits.tolist(), marks.durations.tolist(), marks.events.tolist()))
         past = events_before(table, limit)
         assert (past.events["time"] < datetime.datetime.combine(limit, datetime.time())).all()

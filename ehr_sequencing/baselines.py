@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['history_counts', 'landmark_ages', 'LandmarkFeatures', 'CoxBaseline']
 
-# %% ../nbs/14_baselines.ipynb #7fa9b134
+# %% ../nbs/14_baselines.ipynb #2b781396
 import warnings
 
 import numpy as np
@@ -13,8 +13,8 @@ import pandas as pd
 from lifelines import CoxPHFitter
 from lifelines.exceptions import ConvergenceError
 
+from .landmarks import Landmarks
 from .metrics import concordance_index
-from .outcomes import Landmarks
 from .sequences import SequenceStore
 from .vocabulary import SPECIAL_TOKENS
 

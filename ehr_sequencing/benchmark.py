@@ -23,8 +23,12 @@ import torch
 
 from . import __version__
 from .baselines import CoxBaseline
+from .batches import BatchLoader
 from .behrt import BEHRTConfig, count_parameters
 from .events import EventTable, cohort_summary, sample_patients
+from .horizons import attach_labels
+from .jobs import whole_folder
+from .landmarks import Landmarks, draw_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import bootstrap_concordance, concordance_index, interval, plot_risk_groups
 from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
@@ -34,6 +38,7 @@ from .jobs import whole_folder
 from .oracle import oracle_risk
 from .readers import read_events
 from .sequences import SequenceStore, build_store
+from .splits import split_patients
 from .survival import BEHRTForSurvival, SurvivalModel
 from .synthetic import OUTCOME_CODE, SyntheticCohort, simulate_cohort
 from .training import Trainer, make_accelerator, plot_losses, to_device

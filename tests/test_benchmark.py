@@ -9,9 +9,9 @@ from ehr_sequencing.aggregation import assert_no_future_leakage
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.behrt import BEHRTConfig
 from ehr_sequencing.benchmark import BenchmarkConfig, prepare_cohort
+from ehr_sequencing.horizons import attach_labels
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.omop import eunomia_path
-from ehr_sequencing.outcomes import attach_labels
 from ehr_sequencing.survival import BEHRTForSurvival
 
 

@@ -216,7 +216,7 @@ def _live(state, end, n_periods, generator, mortality):
         people, state = people[on], {k: v[on] for k, v in state.items()}
     return visits, outcomes, deaths, expected
 
-# %% ../nbs/03_synthetic.ipynb #c6da1c2d
+# %% ../nbs/03_synthetic.ipynb #7b5329ca
 CHUNK = 10_000  # people simulated at a time, each chunk from a seed of its own
 
 
@@ -238,10 +238,9 @@ def _simulate_chunk(n, seed, chunk, years, mortality, hazard_ratio):
     truth = {k: np.concatenate([v[3][k] for v in visits])[order] for k in state}
     visit, code, value = _record(truth, period, generator)
     ended = [(_together(outcomes, 0), _together(outcomes, 1), OUTCOME_CODE), (_together(deaths, 0), _together(deaths, 1), DEATH)]
-    others = np.setdiff1d(np.arange(n), ended[1][0])
     last = end.copy()
-    last[ended[0][0]] = ended[0][1]
-    ended.append((others, last[others], OBSERVATION_END))
+    for people, days, _ in ended: last[people] = days
+    ended.append((np.arange(n), last, OBSERVATION_END))
     subject = np.concatenate([who[visit], *(e[0] for e in ended), np.arange(n)])
     date = np.concatenate([(start[who] + day)[visit], *(start[e[0]] + e[1].astype(int) for e in ended), born])
     codes = np.concatenate([code, *(np.full(len(e[0]), _CODE_ID[e[2]]) for e in ended), np.full(n, _CODE_ID[BIRTH])])

@@ -54,7 +54,7 @@ def test_the_record_holds_together(written):
     assert not table.set_aside and table.n_patients == counts["patients"] and set(events["code"]) <= set(CODES)
     at = {code: events.filter(pl.col("code") == code).select("subject_id", "time") for code in (BIRTH, DEATH, OBSERVATION_END, OUTCOME_CODE)}
     assert len(at[BIRTH]) == counts["patients"] and len(at[OUTCOME_CODE]) == counts["outcomes"]
-    assert len(at[DEATH]) + len(at[OBSERVATION_END]) == counts["patients"]  # a record ends in one of two ways
+    assert len(at[OBSERVATION_END]) == counts["patients"] and at[DEATH].join(at[OBSERVATION_END], on=["subject_id", "time"]).height == len(at[DEATH])
     assert not set(at[DEATH]["subject_id"]) & set(at[OUTCOME_CODE]["subject_id"])  # the outcome ends the record
     last = events.filter(pl.col("time").is_not_null()).group_by("subject_id").agg(pl.col("time").max())
     end = pl.concat([at[DEATH], at[OBSERVATION_END]]).rename({"time": "end"})

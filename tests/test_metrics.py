@@ -117,6 +117,15 @@ def test_uno_is_that_of_scikit_survival(case, tau):
 
 
 @MANY
+@given(cohorts(), st.integers(2, 13))
+def test_truncated_harrell_is_unos_with_weights_of_one(cohort, tau):
+    t, e, r = cohort
+    complete = Surv.from_arrays(np.ones(20, bool), np.arange(20) + 1.0)
+    np.testing.assert_allclose(defined(concordance_index, t, e, np.stack([r, -r], axis=1), [tau, tau]), [theirs(concordance_index_ipcw, complete, Surv.from_arrays(e, t), x, tau)[0] for x in (r, -r)], atol=1e-12)
+    assert concordance_index(t, e, np.stack([r, r], axis=1), [tau, 99])[0] == concordance_index(t, e, r, tau)
+
+
+@MANY
 @given(evaluations())
 def test_auc_is_that_of_scikit_survival(case):
     t, e, r, horizons, train_t, train_e = case
@@ -137,6 +146,19 @@ def test_brier_and_its_integral_are_those_of_scikit_survival(case):
     arguments = Surv.from_arrays(train_e, train_t), Surv.from_arrays(e, t), 1 - risks, horizons
     np.testing.assert_allclose(ours, theirs(sksurv_brier, *arguments)[1], atol=1e-12)
     assert abs(integral - theirs(sksurv_ibs, *arguments)) < 1e-12
+
+
+@MANY
+@given(evaluations(), st.booleans())
+def test_follow_up_cut_at_the_last_horizon_is_read_as_cut_just_after(case, train_too):
+    t, e, r, horizons, train_t, train_e = case
+    def cut(days, events, at): return np.minimum(days, at), events & (days <= at)
+    last, risks = horizons[-1], r / r.max() if r.max() else r
+    assume(not (~e & (t == last)).any() and not (train_too and (~train_e & (train_t == last)).any()))  # censored on that very day before the cut: nothing can tell
+    after = cut(t, e, last + 0.25), cut(train_t, train_e, last + 0.25) if train_too else (train_t, train_e)  # no time lies between
+    at = cut(t, e, last), cut(train_t, train_e, last) if train_too else (train_t, train_e)
+    for metric, x in ((cumulative_dynamic_auc, r), (mean_auc, r), (brier_score, risks), (integrated_brier_score, risks), (scaled_brier_score, risks)):
+        np.testing.assert_allclose(metric(*at[0], x, horizons, *at[1]), defined(metric, *after[0], x, horizons, *after[1]), atol=1e-12)
 
 
 @SOME

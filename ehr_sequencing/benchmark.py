@@ -24,9 +24,10 @@ import torch
 from . import __version__
 from .baselines import CoxBaseline
 from .behrt import BEHRTConfig, count_parameters
+from .bootstrap import bootstrap_concordance, interval
 from .events import EventTable, cohort_summary, sample_patients
 from .lstm import LSTMConfig, SurvivalLSTM
-from .metrics import bootstrap_concordance, concordance_index, interval, plot_risk_groups
+from .metrics import concordance_index, plot_risk_groups
 from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
                                      split_patients)
 from .batches import BatchLoader

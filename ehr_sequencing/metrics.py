@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLES', 'MARKERS', 'check_survival', 'check_horizons', 'check_risks', 'StepFunction', 'count_leaving',
-           'kaplan_meier', 'nelson_aalen', 'censoring_distribution', 'pair_sums', 'concordance_index', 'event_weights',
-           'censoring_weights', 'uno_concordance', 'weighted_auc', 'cumulative_dynamic_auc', 'mean_auc',
-           'plot_over_time', 'survival_curves', 'risk_groups', 'plot_risk_groups']
+           'kaplan_meier', 'nelson_aalen', 'censoring_distribution', 'pair_sums', 'comparison_keys',
+           'concordance_index', 'event_weights', 'censoring_weights', 'uno_concordance', 'weighted_auc',
+           'cumulative_dynamic_auc', 'mean_auc', 'plot_over_time', 'survival_curves', 'risk_groups', 'plot_risk_groups']
 
 # %% ../nbs/10_metrics.ipynb #48bba389
 from dataclasses import dataclass
@@ -150,15 +150,15 @@ def pair_sums(
         right = right + (a[..., order] * (1 - later) * smaller).sum(-1)
     return every, right
 
-# %% ../nbs/10_metrics.ipynb #ce2546e5
-def _comparison_keys(durations: np.ndarray, events: np.ndarray) -> np.ndarray:
+# %% ../nbs/10_metrics.ipynb #1ccb06d3
+def comparison_keys(durations: np.ndarray, events: np.ndarray) -> np.ndarray: # (n,) int64
     "Integers that increase with time; at one time the censored come after the events."
     return 2 * np.unique(durations, return_inverse=True)[1] + ~events
 
 
 def _concordance(durations, events, risks, weights, horizons) -> np.ndarray:
     "Share of concordant pairs for each column of risks; a pair weighs as its earlier patient, and counts if that event is before the horizon."
-    keys, scores = _comparison_keys(durations, events), np.empty(risks.shape[1])
+    keys, scores = comparison_keys(durations, events), np.empty(risks.shape[1])
     for k, horizon in enumerate(horizons):
         every, right = pair_sums(keys, risks[:, k], weights * (durations < horizon), np.ones(len(durations)))
         if every == 0: raise ValueError("durations: no pair of patients is comparable (no event comes before the end of somebody else's follow-up" + (")" if np.isinf(horizon) else f" and before tau = {horizon:g})"))

@@ -95,15 +95,15 @@ def calibration_slope(
     durations, events, risks = check_survival(durations, events, risks)
     return _slopes(durations, events.astype(int), risks, horizon, level)
 
-# %% ../nbs/10b_calibration.ipynb #85d80d1d
+# %% ../nbs/10b_calibration.ipynb #dd77bbb3
 def _interval(observed, error, n_known, level):
-    "Interval of a probability on the scale log(-log(1 - p)); exact binomial bounds for 0 and 1."
-    edge = ((1 - level) / 2) ** (1 / n_known)
-    if observed <= 1e-12: return 0.0, 1 - edge
-    if observed >= 1 - 1e-12: return edge, 1.0
-    log_hazard = np.log(-np.log1p(-observed))
-    width = norm.ppf((1 + level) / 2) * error / ((1 - observed) * -np.log1p(-observed))
-    return tuple(-np.expm1(-np.exp(log_hazard + np.array([-width, width]))))
+    "Interval of probabilities on the scale log(-log(1 - p)), lower and upper ends; exact binomial bounds for 0 and 1."
+    edge = ((1 - level) / 2) ** (1 / np.maximum(n_known, 1))
+    none, every = observed <= 1e-12, observed >= 1 - 1e-12
+    p = np.where(none | every, 0.5, observed)
+    width = norm.ppf((1 + level) / 2) * error / ((1 - p) * -np.log1p(-p))
+    low, high = (-np.expm1(np.log1p(-p) * np.exp(sign * width)) for sign in (-1, 1))
+    return np.select([none, every], [0.0, edge], low), np.select([none, every], [1 - edge, 1.0], high)
 
 
 def _groups(durations, event_types, risks, horizon, n_groups, level):
@@ -118,8 +118,10 @@ def _groups(durations, event_types, risks, horizon, n_groups, level):
         outcomes, weights = _known_outcomes(d, types, horizon)
         observed = np.clip(np.mean(weights * outcomes), 0, 1)
         error = np.sqrt(((_influence((weights * outcomes)[:, None], d, types, horizon) - observed)**2).sum()) / len(d)
-        rows.append((position, len(d), int(outcomes.sum()), risks[groups == g].mean(), observed, *_interval(observed, error, int((weights > 0).sum()), level)))
-    return pd.DataFrame(rows, columns=["group", "n", "events", "predicted", "observed", "low", "high"]).set_index("group")
+        rows.append((position, len(d), int(outcomes.sum()), risks[groups == g].mean(), observed, error, (weights > 0).sum()))
+    table = pd.DataFrame(rows, columns=["group", "n", "events", "predicted", "observed", "error", "known"]).set_index("group")
+    low, high = _interval(table.observed.to_numpy(), table.pop("error").to_numpy(), table.pop("known").to_numpy(), level)
+    return table.assign(low=low, high=high)
 
 
 def calibration_groups(

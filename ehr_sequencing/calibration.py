@@ -43,7 +43,7 @@ def _influence(psi, durations, event_types, horizon):
     censored = (event_types == 0)[:, None]
     return psi + censored * rate[at] - share.cumsum(0)[at] + ~censored * share[at]
 
-# %% ../nbs/10b_calibration.ipynb #409d8c70
+# %% ../nbs/10b_calibration.ipynb #d38c642f
 def _weighted_logistic(x, outcomes, weights, offset):
     "Maximum of the weighted likelihood; x has a leading column of ones. Coefficients (p,), inverse information (p, p), score of each patient (n, p)."
     def deviance(beta): return (weights * (np.logaddexp(0, offset + x @ beta) - outcomes * (offset + x @ beta))).sum()
@@ -60,14 +60,19 @@ def _weighted_logistic(x, outcomes, weights, offset):
     raise ValueError("risks: the regression of outcomes on them has no finite fit; they separate those with the event from those without (too few patients or events, or a leak)")
 
 
+def _logit(risks):
+    "Log odds, with risks kept 1e-10 away from 0 and 1."
+    inside = np.clip(risks, 1e-10, 1 - 1e-10)
+    return np.log(inside) - np.log1p(-inside)
+
+
 def _slopes(durations, event_types, risks, horizon, level):
     "The table of `calibration_slope`, also with competing events (type 2)."
     horizon = _check_horizon(durations, event_types, risks, horizon)
-    if ((risks == 0) | (risks == 1)).any(): raise ValueError(f"risks: {int(((risks == 0) | (risks == 1)).sum())} of {len(risks)} are exactly 0 or 1, where log odds are infinite; clip them to bounds that you can defend")
     if risks.min() == risks.max(): raise ValueError("risks: all are the same, so that there is no slope")
     outcomes, weights = _known_outcomes(durations, event_types, horizon)
     if outcomes[weights > 0].all(): raise ValueError(f"horizon: nobody is known to be free of the event at {horizon:g} days, so that there is no slope")
-    n, z, log_odds = len(risks), norm.ppf((1 + level) / 2), np.log(risks) - np.log1p(-risks)
+    n, z, log_odds = len(risks), norm.ppf((1 + level) / 2), _logit(risks)
     x = np.stack([np.ones(n), (log_odds - log_odds.mean()) / log_odds.std()], axis=1)  # (n, 2)
     def fit(x, offset):
         beta, inverse, score = _weighted_logistic(x, outcomes, weights, offset)
@@ -81,17 +86,18 @@ def _slopes(durations, event_types, risks, horizon, level):
             (ratio, ratio_error, ratio * np.exp(-z * ratio_error), ratio * np.exp(z * ratio_error))]
     return pd.DataFrame(rows, index=["slope", "intercept", "observed/expected"], columns=["estimate", "se", "low", "high"])
 
-# %% ../nbs/10b_calibration.ipynb #32238a2f
+# %% ../nbs/10b_calibration.ipynb #3ce04751
 def calibration_slope(
     durations, # (n,) days to event or censoring
     events, # (n,) bool: event observed
-    risks, # (n,) predicted F(horizon) in (0, 1)
+    risks, # (n,) predicted F(horizon)
     horizon: float, # days
     level: float = 0.95, # coverage of the intervals
 ) -> pd.DataFrame: # rows slope, intercept, observed/expected; columns estimate, se (of the ratio: of its logarithm), low, high
     """Calibration slope, intercept (slope fixed at 1) and observed over expected, with sandwich intervals that allow for estimated weights.
 
-    Raises `ValueError` where one is undefined: no event by the horizon, nobody known to be free of it, a horizon beyond follow-up, risks that are all the same, or exactly 0 or 1."""
+    Risks of 0 and 1, whose log odds are infinite, are kept 1e-10 away from them. Raises `ValueError` where something is undefined: no event by
+    the horizon, nobody known to be free of it, a horizon beyond follow-up, risks that are all the same or separate the two outcomes."""
     durations, events, risks = check_survival(durations, events, risks)
     return _slopes(durations, events.astype(int), risks, horizon, level)
 
@@ -233,22 +239,21 @@ def _cox_influence(sets, beta, r, total, mean, information, horizon):
     on_hazard = own[:, p:] - r * sums[:, p + 1:] - on_beta @ (mean * counted).sum(0)[:, None]
     return np.log(counted.sum()) - (sets.x @ beta).max(), np.concatenate([on_hazard / counted.sum(), on_beta], axis=1)
 
-# %% ../nbs/10b_calibration.ipynb #b0279da4
+# %% ../nbs/10b_calibration.ipynb #2f6059f6
 def _curve(durations, event_types, risks, horizon, at, n_knots, method):
-    "The curve at some predicted risks on the scale of its method, its standard error, and the way back to probabilities."
+    "The curve at some predicted risks on the scale of its method, its standard error, and the way back to probabilities. Risks are kept 1e-10 away from 0 and 1."
     horizon = _check_horizon(durations, event_types, risks, horizon)
     if method not in ("logistic", "cox"): raise ValueError(f"method: expected 'logistic' or 'cox', got {method!r}")
     if not n_knots >= 3 or n_knots != int(n_knots): raise ValueError(f"knots: expected a whole number of at least 3, got {n_knots}")
-    inside, grid = (np.clip(r, 1e-10, 1 - 1e-10) for r in (risks, at))
     if method == "cox" and risks.min() < risks.max():
-        terms, z = _terms(np.log(-np.log1p(-inside)), np.log(-np.log1p(-grid)), int(n_knots))
+        terms, z = _terms(*(np.log(-np.log1p(-np.clip(r, 1e-10, 1 - 1e-10))) for r in (risks, at)), int(n_knots))
         sets = _RiskSets(terms, durations, event_types)
         beta, *fit = _fit_cox(sets)
         intercept, influence = _cox_influence(sets, beta, *fit, horizon)
         coefficients, z = np.insert(beta, 0, intercept), np.insert(z, 0, 1, axis=1)  # (1 + p,), (g, 1 + p)
         def to_probability(v): return -np.expm1(-np.exp(np.minimum(v, 100)))
     else:
-        terms, z = _terms(np.log(inside) - np.log1p(-inside), np.log(grid) - np.log1p(-grid), int(n_knots)) if risks.min() < risks.max() else (risks[:, None][:, :0], at[:, None][:, :0])
+        terms, z = _terms(_logit(risks), _logit(at), int(n_knots)) if risks.min() < risks.max() else (risks[:, None][:, :0], at[:, None][:, :0])
         outcomes, weights = _known_outcomes(durations, event_types, horizon)
         coefficients, inverse, score = _weighted_logistic(np.insert(terms, 0, 1, axis=1), outcomes, weights, 0.0)
         influence, z = _influence(score, durations, event_types, horizon) @ inverse, np.insert(z, 0, 1, axis=1)
@@ -299,7 +304,7 @@ def integrated_calibration_index(
     durations, events, risks = check_survival(durations, events, risks)
     return _distances(durations, events.astype(int), risks, horizon, knots, method)
 
-# %% ../nbs/10b_calibration.ipynb #14b1c413
+# %% ../nbs/10b_calibration.ipynb #111436aa
 def _plot(durations, event_types, risks, horizon, ax, title, n_groups, knots, method):
     "The figure of `plot_calibration`, also with competing events (type 2)."
     import matplotlib.pyplot as plt
@@ -307,7 +312,7 @@ def _plot(durations, event_types, risks, horizon, ax, title, n_groups, knots, me
     groups = _groups(durations, event_types, risks, horizon, n_groups, 0.95)
     table, index = _slopes(durations, event_types, risks, horizon, 0.95), _distances(durations, event_types, risks, horizon, knots, method)["ici"]
     if ax is None: ax = plt.subplots(figsize=(4.8, 4.8), layout="constrained")[1]
-    top = min(1.0, 1.05 * max(curve.high.quantile(0.9), groups.high.max(), groups.predicted.max()))
+    top = min(1.0, 1.05 * max(curve.high.quantile(0.9), groups.high.max(), groups.predicted.max(), curve.predicted.max()))
     ax.plot([0, top], [0, top], color="0.5", lw=1, ls="--", label="perfect")
     ax.fill_between(curve.predicted, curve.low, curve.high, color=COLORS[0], alpha=0.2, lw=0)
     ax.plot(curve.predicted, curve.observed, color=COLORS[0], label="smooth, 95 % band")

@@ -109,7 +109,7 @@ def cause_specific_uno(
     if later[0] + competing[0] == 0: raise ValueError(f"durations: no pair of patients is comparable before tau = {tau:g}")
     return float((later[1] + competing[1]) / (later[0] + competing[0]))
 
-# %% ../nbs/10d_competing_risks.ipynb #9f261d80
+# %% ../nbs/10d_competing_risks.ipynb #66bd0e21
 def _competing_weights(durations, event_types, horizons, train_durations, train_event_types):
     "Checked arrays, horizons (H,), Graf's weights (n, H), and who has the event of interest by each horizon, (n, H)."
     (durations, event_types), (train_durations, train_event_types) = check_competing(durations, event_types, need_event=False), check_competing(train_durations, train_event_types, need_event=False)
@@ -160,13 +160,13 @@ def cause_specific_integrated_brier(
     "Cause-specific Brier score averaged over time by the trapezoidal rule. Raises `ValueError` as `cause_specific_brier`, and with fewer than two horizons."
     if np.size(horizons) < 2: raise ValueError("horizons: expected at least two, to average between them")
     scores = cause_specific_brier(durations, event_types, risks, horizons, train_durations, train_event_types)
-    return float(np.trapezoid(scores, horizons) / (horizons[-1] - horizons[0]))
+    return float((scores[1:] + scores[:-1]) / 2 @ np.diff(horizons) / (horizons[-1] - horizons[0]))
 
-# %% ../nbs/10d_competing_risks.ipynb #33ee9142
+# %% ../nbs/10d_competing_risks.ipynb #79c6682b
 def competing_calibration_slope(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
-    risks, # (n,) predicted F(horizon) of the event of interest, in (0, 1)
+    risks, # (n,) predicted F(horizon) of the event of interest
     horizon: float, # days
     level: float = 0.95, # coverage of the intervals
 ) -> pd.DataFrame: # as `calibration_slope`

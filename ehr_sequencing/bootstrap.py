@@ -78,7 +78,7 @@ def bca_interval(
     if (acceleration * z >= 1).any(): raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile', or a larger set of patients")
     return tuple(float(q) for q in np.quantile(draws, ndtr(bias + z / (1 - acceleration * z))))
 
-# %% ../nbs/10c_bootstrap.ipynb #7fd5b82c
+# %% ../nbs/10c_bootstrap.ipynb #5648c031
 @dataclass(frozen=True)
 class Bootstrap:
     "Estimates of one or more metrics with their bootstrap draws; all of them on the same draws."
@@ -118,8 +118,9 @@ class Bootstrap:
         "The smallest 1 - level at which the interval excludes `null`. Raises `ValueError` as `interval`."
         draws, influence = self._defined(name)
         below, above = ((1 + np.sum(side)) / (len(draws) + 1) for side in (draws <= null, draws >= null))
-        if method == "percentile": return float(min(1, 2 * min(below, above)))
-        if method != "bca": raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
+        if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
+        if min(below, above) >= 0.5: return 1.0  # as where the draws do not vary
+        if method == "percentile": return float(2 * min(below, above))
         bias, acceleration = _bias_and_acceleration(draws, self.estimates[name], influence)
         z = (ndtri(below) if below < above else ndtri(1 - above)) - bias
         if acceleration * z <= -1: raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile'")
@@ -128,9 +129,12 @@ class Bootstrap:
 
     def difference(self, first: str, second: str) -> "Bootstrap": # of "first - second"
         "The paired difference of two metrics (or models) on the same draws."
-        minus = lambda values: values[first] - values[second]
+        def minus(values):
+            x, y = np.asarray(values[first], dtype=float), np.asarray(values[second], dtype=float)
+            return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)  # what only rounding tells apart is the same
         name = f"{first} - {second}"
-        return Bootstrap({name: minus(self.estimates)}, minus(self.draws).to_frame(name), minus(self.influence).to_frame(name))
+        draws, influence = (pd.DataFrame({name: np.where(frame[[first, second]].isna().any(axis=1), np.nan, minus(frame))}) for frame in (self.draws, self.influence))
+        return Bootstrap({name: float(minus(self.estimates))}, draws, influence)
 
     def table(self, level: float = 0.95, method: str = "bca") -> pd.DataFrame: # a row for each metric: value, low, high, left_out
         "All metrics with their intervals. Raises `ValueError` as `interval`."

@@ -118,7 +118,7 @@ def censoring_distribution(
     staying = at_risk - n_events
     return StepFunction(times, np.cumprod(1 - np.divide(n_censored, staying, out=np.zeros(len(times)), where=staying > 0)), 1.0)
 
-# %% ../nbs/10_metrics.ipynb #5657446e
+# %% ../nbs/10_metrics.ipynb #ea4bd898
 def _level(keys: np.ndarray, ranks: np.ndarray, bit: int) -> tuple:
     "Sort by the digits of the keys above `bit`, then by risk. The order; where each place's group begins, and where its run of equal risks begins and ends."
     order = np.argsort(keys >> (bit + 1), kind="stable")  # `keys` come sorted by risk, and stay so within a group
@@ -139,17 +139,19 @@ def pair_sums(
     "Sums over pairs of patients in O(n log n), without forming them."
     order = np.argsort(risks, kind="stable")
     keys, ranks = np.asarray(keys)[order].astype(np.int64), np.unique(risks, return_inverse=True)[1][order]
-    a, b = np.asarray(earlier_weights, dtype=float)[..., order], np.asarray(later_weights, dtype=float)[..., order]
-    by_key = np.argsort(keys, kind="stable")
-    after = np.concatenate([np.zeros((*b.shape[:-1], 1)), np.cumsum(b[..., by_key[::-1]], axis=-1)], axis=-1)  # (..., n + 1)
-    every = (a * after[..., np.searchsorted(-keys[by_key[::-1]], -keys, side="left")]).sum(-1)
+    a, b = (np.ascontiguousarray(np.asarray(w, dtype=float).T[order]) for w in (earlier_weights, later_weights))  # (n,) or (n, R)
+    weighs = (a != 0).reshape(len(a), -1).any(1)  # (n,) the others need not be looked at
+    sums_from_zero = lambda x: np.concatenate([np.zeros((1, *x.shape[1:])), np.cumsum(x, axis=0)])
+    by_key = np.argsort(-keys, kind="stable")
+    every = (a * sums_from_zero(b[by_key])[np.searchsorted(-keys[by_key], -keys, side="left")]).sum(0)
     right = np.zeros_like(every)
     for bit in reversed(range(int(keys.max()).bit_length())):
         order, group, start, end = _level(keys, ranks, bit)
-        later = (keys[order] >> bit) & 1
-        below = np.concatenate([np.zeros((*b.shape[:-1], 1)), np.cumsum(b[..., order] * later, axis=-1)], axis=-1)  # (..., n + 1)
-        smaller = 0.5 * (below[..., start] + below[..., end]) - below[..., group]  # weight with smaller risk, ties half
-        right = right + (a[..., order] * (1 - later) * smaller).sum(-1)
+        later = (keys[order] >> bit) & 1 == 1
+        earlier = np.flatnonzero(~later & weighs[order])
+        below, place = sums_from_zero(b[order[later]]), sums_from_zero(later).astype(int)
+        smaller = 0.5 * (below[place[start[earlier]]] + below[place[end[earlier]]]) - below[place[group[earlier]]]  # weight with smaller risk, ties half
+        right = right + (a[order[earlier]] * smaller).sum(0)
     return every, right
 
 # %% ../nbs/10_metrics.ipynb #1ccb06d3

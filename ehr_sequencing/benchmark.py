@@ -25,12 +25,13 @@ from . import __version__
 from .baselines import CoxBaseline
 from .batches import BatchLoader
 from .behrt import BEHRTConfig, count_parameters
+from .bootstrap import bootstrap_concordance, interval
 from .events import EventTable, cohort_summary, sample_patients
 from .horizons import attach_labels
 from .jobs import whole_folder
 from .landmarks import Landmarks, draw_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
-from .metrics import bootstrap_concordance, concordance_index, interval, plot_risk_groups
+from .metrics import concordance_index, plot_risk_groups
 from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
                                      split_patients)
 from .batches import BatchLoader

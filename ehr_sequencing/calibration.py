@@ -43,7 +43,7 @@ def _influence(psi, durations, event_types, horizon):
     censored = (event_types == 0)[:, None]
     return psi + censored * rate[at] - share.cumsum(0)[at] + ~censored * share[at]
 
-# %% ../nbs/10b_calibration.ipynb #d38c642f
+# %% ../nbs/10b_calibration.ipynb #9daa4ba8
 def _weighted_logistic(x, outcomes, weights, offset):
     "Maximum of the weighted likelihood; x has a leading column of ones. Coefficients (p,), inverse information (p, p), score of each patient (n, p)."
     def deviance(beta): return (weights * (np.logaddexp(0, offset + x @ beta) - outcomes * (offset + x @ beta))).sum()
@@ -69,10 +69,10 @@ def _logit(risks):
 def _slopes(durations, event_types, risks, horizon, level):
     "The table of `calibration_slope`, also with competing events (type 2)."
     horizon = _check_horizon(durations, event_types, risks, horizon)
-    if risks.min() == risks.max(): raise ValueError("risks: all are the same, so that there is no slope")
     outcomes, weights = _known_outcomes(durations, event_types, horizon)
     if outcomes[weights > 0].all(): raise ValueError(f"horizon: nobody is known to be free of the event at {horizon:g} days, so that there is no slope")
     n, z, log_odds = len(risks), norm.ppf((1 + level) / 2), _logit(risks)
+    if np.ptp(log_odds) < 1e-8: raise ValueError("risks: all are the same, so that there is no slope")
     x = np.stack([np.ones(n), (log_odds - log_odds.mean()) / log_odds.std()], axis=1)  # (n, 2)
     def fit(x, offset):
         beta, inverse, score = _weighted_logistic(x, outcomes, weights, offset)
@@ -142,7 +142,7 @@ def calibration_groups(
     durations, events, risks = check_survival(durations, events, risks)
     return _groups(durations, events.astype(int), risks, horizon, n_groups, level)
 
-# %% ../nbs/10b_calibration.ipynb #f158c12a
+# %% ../nbs/10b_calibration.ipynb #43916b95
 def _spline(x, knots):
     "Restricted cubic spline, (n, K - 1) for K >= 3 knots, (n, 1) with fewer: x itself and one bend for each knot but the last two."
     if len(knots) < 3: return x[:, None]
@@ -160,10 +160,12 @@ def _knots(x, n_knots):
 
 
 def _terms(x, at, n_knots):
-    "Spline terms of x, (n, p), centred, of unit variance and uncorrelated; and the same terms at other values, (g, p)."
-    knots = _knots(x, n_knots)
-    raw = _spline(x, knots)
-    rotation = np.linalg.inv(np.linalg.qr(raw - raw.mean(0), mode="r")) * np.sqrt(len(x))
+    "Spline terms of x, (n, p), centred, of unit variance and uncorrelated; and the same terms at other values, (g, p). Only x itself where ties leave no room to bend."
+    for knots in (_knots(x, n_knots), []):
+        raw = _spline(x, knots)
+        triangle = np.linalg.qr(raw - raw.mean(0), mode="r")
+        if np.abs(np.diag(triangle)).min() > 1e-8 * np.abs(triangle).max(): break
+    rotation = np.linalg.inv(triangle) * np.sqrt(len(x))
     return (raw - raw.mean(0)) @ rotation, (_spline(at, knots) - raw.mean(0)) @ rotation
 
 # %% ../nbs/10b_calibration.ipynb #e70b263d
@@ -239,21 +241,23 @@ def _cox_influence(sets, beta, r, total, mean, information, horizon):
     on_hazard = own[:, p:] - r * sums[:, p + 1:] - on_beta @ (mean * counted).sum(0)[:, None]
     return np.log(counted.sum()) - (sets.x @ beta).max(), np.concatenate([on_hazard / counted.sum(), on_beta], axis=1)
 
-# %% ../nbs/10b_calibration.ipynb #2f6059f6
+# %% ../nbs/10b_calibration.ipynb #5e1ee53f
 def _curve(durations, event_types, risks, horizon, at, n_knots, method):
     "The curve at some predicted risks on the scale of its method, its standard error, and the way back to probabilities. Risks are kept 1e-10 away from 0 and 1."
     horizon = _check_horizon(durations, event_types, risks, horizon)
     if method not in ("logistic", "cox"): raise ValueError(f"method: expected 'logistic' or 'cox', got {method!r}")
     if not n_knots >= 3 or n_knots != int(n_knots): raise ValueError(f"knots: expected a whole number of at least 3, got {n_knots}")
-    if method == "cox" and risks.min() < risks.max():
-        terms, z = _terms(*(np.log(-np.log1p(-np.clip(r, 1e-10, 1 - 1e-10))) for r in (risks, at)), int(n_knots))
+    x = _logit(risks)
+    same = np.ptp(x) < 1e-8  # but for rounding
+    if method == "cox" and not same:
+        terms, z = _terms(np.log(np.logaddexp(0, x)), np.log(np.logaddexp(0, _logit(at))), int(n_knots))
         sets = _RiskSets(terms, durations, event_types)
         beta, *fit = _fit_cox(sets)
         intercept, influence = _cox_influence(sets, beta, *fit, horizon)
         coefficients, z = np.insert(beta, 0, intercept), np.insert(z, 0, 1, axis=1)  # (1 + p,), (g, 1 + p)
         def to_probability(v): return -np.expm1(-np.exp(np.minimum(v, 100)))
     else:
-        terms, z = _terms(_logit(risks), _logit(at), int(n_knots)) if risks.min() < risks.max() else (risks[:, None][:, :0], at[:, None][:, :0])
+        terms, z = (np.empty((len(risks), 0)), np.empty((len(at), 0))) if same else _terms(x, _logit(at), int(n_knots))
         outcomes, weights = _known_outcomes(durations, event_types, horizon)
         coefficients, inverse, score = _weighted_logistic(np.insert(terms, 0, 1, axis=1), outcomes, weights, 0.0)
         influence, z = _influence(score, durations, event_types, horizon) @ inverse, np.insert(z, 0, 1, axis=1)

@@ -196,3 +196,18 @@ def test_a_wrong_model_is_found_out(method):
     assert table.low["slope"] < 0.5 < table.high["slope"] < 0.6
     assert integrated_calibration_index(durations, events, truth, 0.5, method=method)["ici"] < 0.01
     assert abs(integrated_calibration_index(durations, events, doubled, 0.5, knots=5, method=method)["ici"] - np.abs(doubled - truth).mean()) < 0.01
+
+
+@pytest.mark.parametrize("method", ["logistic", "cox"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_bands_are_as_wide_as_those_of_a_bootstrap(method, tied):
+    generator, at = np.random.default_rng(2), [0.1, 0.3, 0.6]
+    x = generator.normal(size=600)
+    event, censored = generator.exponential(np.exp(-x)), generator.uniform(0, 2, 600)
+    durations, events, risks = np.minimum(event, censored), event <= censored, -np.expm1(-0.5 * np.exp(x))
+    if tied: durations = np.ceil(durations * 10) / 10
+    def log_hazard(i): return np.log(-np.log1p(-calibration_curve(durations[i], events[i], risks[i], 0.5, at, method=method).observed.to_numpy()))
+    spread = np.std([log_hazard(generator.integers(0, 600, 600)) for _ in range(300)], axis=0)
+    curve = calibration_curve(durations, events, risks, 0.5, at, method=method)
+    width = (np.log(-np.log1p(-curve.high)) - np.log(-np.log1p(-curve.low))) / (2 * 1.959963984540054)
+    assert np.allclose(width / spread, 1, atol=0.15), width / spread

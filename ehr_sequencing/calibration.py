@@ -168,7 +168,7 @@ def _terms(x, at, n_knots):
     rotation = np.linalg.inv(triangle) * np.sqrt(len(x))
     return (raw - raw.mean(0)) @ rotation, (_spline(at, knots) - raw.mean(0)) @ rotation
 
-# %% ../nbs/10b_calibration.ipynb #e70b263d
+# %% ../nbs/10b_calibration.ipynb #37b02ad7
 class _RiskSets:
     "Weighted sums over the risk sets of all events of type 1, in order of time, with Efron's correction for ties."
     def __init__(self, x, durations, event_types):
@@ -191,7 +191,7 @@ class _RiskSets:
         return at_risk + self.G * competing - self.share[:, None] * self._over_ties(values[self.rows])
 
     def of_patients(self, terms): # (m, q) -> (n, q)
-        "The transpose: for each patient, the sum of the terms of all events in whose risk set he is."
+        "The transpose: for each patient, the sum of the terms of all events whose risk set holds them."
         n_before = np.searchsorted(self.times[self.rows], self.times, side="right")
         seen, later = (np.concatenate([np.zeros((1, terms.shape[1])), np.cumsum(t, axis=0)]) for t in (terms, terms * self.G))
         sums = seen[n_before] + self.stays * (later[-1] - later[n_before])
@@ -345,12 +345,12 @@ def plot_calibration(
     durations, events, risks = check_survival(durations, events, risks)
     return _plot(durations, events.astype(int), risks, horizon, ax, title, n_groups, knots, method)
 
-# %% ../nbs/10b_calibration.ipynb #e91ad5b3
+# %% ../nbs/10b_calibration.ipynb #4b7b8129
 def survival_at(
     times, # (n,) days, one for each patient, at most the last horizon
     risks, # (n, H) predicted F at each horizon, not falling with the horizon
     horizons, # (H,) increasing days
-) -> np.ndarray: # (n,) survival probability of each patient at his own time
+) -> np.ndarray: # (n,) survival probability of each patient at the patient's own time
     "Survival at patients' own times, with a constant rate between horizons. Raises `ValueError` for a time beyond the last horizon, or risks that fall with time."
     times, risks, edges = np.asarray(times, dtype=float), np.asarray(risks, dtype=float), np.append(0.0, np.asarray(horizons, dtype=float))
     if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any(): raise ValueError("horizons: expected finite, positive, increasing days")

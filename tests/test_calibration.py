@@ -141,7 +141,7 @@ def test_d_calibration_is_that_of_the_reference(patients, n_bins, n_horizons):
     for a, b in zip((ours["statistic"], ours["p_value"], ours["histogram"]), theirs): assert np.allclose(a, b, rtol=0, atol=1e-8)
 
 
-@relaxed
+@settings(relaxed, max_examples=100)
 @given(PATIENTS, st.sampled_from([2.0, 5.0]), st.randoms(use_true_random=False), st.sampled_from([0.1, 30.0]))
 def test_order_unit_and_what_comes_later_do_not_matter(patients, horizon, random, unit):
     durations, events, risks = arrays(patients)

@@ -9,7 +9,7 @@ __all__ = ['brier_score', 'null_risks', 'null_brier_score', 'scaled_brier_score'
 import numpy as np
 from .metrics import censoring_weights, check_horizons, check_risks, check_survival, kaplan_meier, plot_over_time
 
-# %% ../nbs/10a_brier.ipynb #4486f676
+# %% ../nbs/10a_brier.ipynb #c2c4bbb5
 def brier_score(
     durations, # (n,) days to event or censoring
     events, # (n,) bool
@@ -20,14 +20,14 @@ def brier_score(
 ) -> np.ndarray: # (H,), 0 is perfect
     """Brier score at each horizon (Graf et al. 1999).
 
-    Raises `ValueError` for risks that are no probabilities, and at a horizon past the follow-up of either set of patients or where G is 0."""
+    Raises `ValueError` for risks that are no probabilities, and at a horizon past the follow-up of either set of patients."""
     durations, events = check_survival(durations, events, need_event=False)
     weights, horizons = censoring_weights(durations, events, horizons, train_durations, train_events), np.atleast_1d(horizons)  # (n, H)
     risks = check_risks(risks, len(durations), len(horizons), probability=True)
-    happened = durations[:, None] <= horizons  # where it is the censoring that happened, the weight is 0
+    happened = events[:, None] & (durations[:, None] <= horizons)
     return (weights * (happened - risks) ** 2).mean(0)
 
-# %% ../nbs/10a_brier.ipynb #05995737
+# %% ../nbs/10a_brier.ipynb #f903ec00
 def null_risks(
     train_durations, # (m,) days to event or censoring
     train_events, # (m,) bool
@@ -45,7 +45,7 @@ def null_brier_score(
     train_events, # (m,) bool
 ) -> np.ndarray: # (H,)
     "Brier score of the training patients' Kaplan-Meier risk. Raises `ValueError` as `brier_score`."
-    horizons = check_horizons(horizons, durations)
+    horizons = check_horizons(horizons, durations, events)
     risks = np.broadcast_to(null_risks(train_durations, train_events, horizons), (len(durations), len(horizons)))
     return brier_score(durations, events, risks, horizons, train_durations, train_events)
 

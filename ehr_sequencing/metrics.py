@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/10_metrics.ipynb #88e5a76e
+# %% ../nbs/10_metrics.ipynb #657bb5a5
 def check_survival(
     durations, # (n,) days to event or censoring, >= 0
     events, # (n,) bool: event observed
@@ -38,14 +38,16 @@ def check_survival(
 def check_horizons(
     horizons, # (H,) days, or one number
     durations, # (n,) days of the patients that are evaluated
+    events, # (n,) bool
 ) -> np.ndarray: # (H,) float
-    "Horizons as an array. Raises `ValueError` unless they are finite, positive, increasing and before the end of the patients' follow-up."
+    "Horizons as an array. Raises `ValueError` unless they are finite, positive, increasing, and somebody is followed to each of them without the event."
     horizons = np.atleast_1d(np.asarray(horizons, dtype=float))
     if horizons.ndim != 1 or not len(horizons) or not np.isfinite(horizons).all() or (horizons <= 0).any() or (np.diff(horizons) <= 0).any():
         raise ValueError(f"horizons: expected one or more finite, positive, increasing numbers of days, got {np.array2string(horizons, threshold=6)}")
-    late = horizons[horizons >= np.max(durations)]
-    if len(late): raise ValueError(f"horizons: nobody is followed beyond {', '.join(f'{h:g}' for h in late[:3])} days, so nobody is known to be free of the event then; "
-                                   "use earlier horizons, or durations that are not cut at the last horizon")
+    durations = np.asarray(durations, dtype=float)
+    end = durations.max()
+    late = horizons[(horizons > end) | ((horizons == end) & np.asarray(events, dtype=bool)[durations == end].all())]
+    if len(late): raise ValueError(f"horizons: nobody is followed to {', '.join(f'{h:g}' for h in late[:3])} days and free of the event then; use earlier horizons")
     return horizons
 
 
@@ -178,7 +180,7 @@ def concordance_index(
     scores = _concordance(durations, events, check_risks(risks, len(durations), columns), events.astype(float), np.broadcast_to(np.inf if tau is None else tau, columns))
     return scores if np.ndim(risks) == 2 else float(scores[0])
 
-# %% ../nbs/10_metrics.ipynb #a51c5601
+# %% ../nbs/10_metrics.ipynb #89e57235
 def event_weights(
     durations, # (n,) days of the patients evaluated
     events, # (n,) bool
@@ -205,16 +207,16 @@ def censoring_weights(
 ) -> np.ndarray: # (n, H): 1 / G(T_i) for an event by the horizon, 1 / G(h) for those followed beyond, 0 for those censored by then
     """Weights at each horizon (Graf et al. 1999).
 
-    Raises `ValueError` at a horizon past the follow-up of either set of patients, or where G is 0."""
+    Raises `ValueError` at a horizon past the follow-up of either set of patients."""
     durations, events = check_survival(durations, events, need_event=False)
-    horizons, G = check_horizons(horizons, durations), censoring_distribution(train_durations, train_events)
-    beyond = horizons > G.times[-1]
-    if beyond.any(): raise ValueError(f"horizons: {horizons[beyond][0]:g} days lie past the follow-up of the training patients; use earlier horizons")
-    at_horizons = G(horizons)  # (H,)
-    if (at_horizons == 0).any(): raise ValueError(f"horizons: no training patient is followed beyond {horizons[at_horizons == 0][0]:g} days (G = 0); use earlier horizons")
-    followed, event = durations[:, None] > horizons, events[:, None] & (durations[:, None] <= horizons)  # (n, H)
-    at_event = G(np.minimum(durations, horizons[-1]))[:, None]  # (n, 1); where it counts, the event is by a horizon
-    return followed / at_horizons + event / at_event
+    horizons, G = check_horizons(horizons, durations, events), censoring_distribution(train_durations, train_events)
+    end, train_end = durations.max(), G.times[-1]
+    if horizons[-1] > train_end: raise ValueError(f"horizons: {horizons[-1]:g} days lie past the follow-up of the training patients; use earlier horizons")
+    at_or_before_end = lambda days: np.where(days == train_end, G(days, left_limit=True), G(days))  # leaving on the last day is just after it; positive
+    case = events[:, None] & (durations[:, None] <= horizons)  # (n, H)
+    followed = (durations[:, None] > horizons) | (~events & (durations == end))[:, None] & (horizons == end)  # (n, H)
+    at_event = at_or_before_end(np.minimum(durations, horizons[-1]))[:, None]  # (n, 1); where it counts, the event is by a horizon
+    return followed / at_or_before_end(horizons) + case / at_event
 
 # %% ../nbs/10_metrics.ipynb #764c9fe0
 def uno_concordance(
@@ -233,7 +235,7 @@ def uno_concordance(
     scores = _concordance(durations, events, check_risks(risks, len(durations), columns), weights**2, taus)
     return scores if np.ndim(risks) == 2 else float(scores[0])
 
-# %% ../nbs/10_metrics.ipynb #36205faa
+# %% ../nbs/10_metrics.ipynb #83cbd3a6
 def weighted_auc(
     risks, # (n,)
     cases, # (n,) weights as a case, 0 for others
@@ -257,14 +259,14 @@ def cumulative_dynamic_auc(
 ) -> np.ndarray: # (H,)
     """AUC at each horizon: events by the horizon against patients followed beyond it.
 
-    Raises `ValueError` at a horizon without cases or controls, past the follow-up of either set of patients, or where G is 0."""
+    Raises `ValueError` at a horizon without cases or controls, or past the follow-up of either set of patients."""
     durations, events = check_survival(durations, events)
     weights, horizons = censoring_weights(durations, events, horizons, train_durations, train_events), np.atleast_1d(horizons)
     risks, scores = check_risks(risks, len(durations), len(horizons)), np.empty(len(horizons))
     for k, h in enumerate(horizons):
         cases = events & (durations <= h)
         if not cases.any(): raise ValueError(f"horizons: no event is observed by {h:g} days, so the area under the curve is undefined there; use later horizons")
-        scores[k] = weighted_auc(risks[:, k], weights[:, k] * cases, durations > h)
+        scores[k] = weighted_auc(risks[:, k], weights[:, k] * cases, (weights[:, k] > 0) & ~cases)
     return scores
 
 

@@ -13,12 +13,12 @@ from scipy.stats import chi2, norm
 
 from .metrics import COLORS, censoring_distribution, check_survival, count_leaving, risk_groups
 
-# %% ../nbs/10b_calibration.ipynb #17022722
+# %% ../nbs/10b_calibration.ipynb #b4ccb520
 def _check_horizon(durations, event_types, risks, horizon):
     "The horizon as a number, if calibration at it is defined for these patients."
     if np.ndim(horizon) or not np.isfinite(horizon) or horizon <= 0: raise ValueError(f"horizon: expected one positive number of days, got {horizon}")
     if ((risks < 0) | (risks > 1)).any(): raise ValueError(f"risks: {int(((risks < 0) | (risks > 1)).sum())} of {len(risks)} lie outside [0, 1]; calibration needs probabilities")
-    if durations.max() < horizon: raise ValueError(f"horizon: {horizon:g} days is beyond the last follow-up ({durations.max():g} days); what happens later was not observed")
+    if durations.max() < horizon: raise ValueError(f"horizon: {horizon:g} days is beyond the last follow-up; what happens later was not observed. Use an earlier horizon")
     if not ((event_types == 1) & (durations <= horizon)).any(): raise ValueError(f"horizon: nobody has the event within {horizon:g} days, so there is nothing to compare the risks with")
     return float(horizon)
 
@@ -29,7 +29,7 @@ def _known_outcomes(durations, event_types, horizon):
     G = censoring_distribution(durations, event_types > 0)(np.minimum(durations, horizon), left_limit=True)  # (n,)
     return ((event_types == 1) & (durations <= horizon)).astype(float), np.divide(known, G, out=np.zeros(len(G)), where=known)
 
-# %% ../nbs/10b_calibration.ipynb #df7578e3
+# %% ../nbs/10b_calibration.ipynb #b63ba9fb
 def _influence(psi, durations, event_types, horizon):
     "Influence of each patient on the sum of the weighted terms psi, (n, p), with weights from `_known_outcomes`."
     times, at_risk, n_events, n_censored = count_leaving(durations, event_types > 0)
@@ -37,8 +37,7 @@ def _influence(psi, durations, event_types, horizon):
     by_time = np.stack([np.bincount(at, column, len(times)) for column in psi.T], axis=1)  # (m, p)
     later = by_time[::-1].cumsum(0)[::-1] - by_time  # (m, p) sum of psi over T > u
     left = at_risk - n_events  # at risk of censoring
-    used = (times < horizon) & (n_censored > 0) & (left > n_censored)
-    rate = np.where(used, 1 / np.maximum(left - n_censored, 1), 0)[:, None] * later
+    rate = ((times < horizon) / np.maximum(left - n_censored, 1))[:, None] * later  # where all of them leave, nobody is later
     share = rate * (n_censored / np.maximum(left, 1))[:, None]
     censored = (event_types == 0)[:, None]
     return psi + censored * rate[at] - share.cumsum(0)[at] + ~censored * share[at]

@@ -15,7 +15,7 @@ import pandas as pd
 from .calibration import _curve_table, _distances, _groups, _interval, _plot, _slopes
 from .metrics import COLORS, censoring_weights, check_risks, check_survival, concordance_index, count_leaving, event_weights, kaplan_meier, pair_sums, weighted_auc
 
-# %% ../nbs/10d_competing_risks.ipynb #073e7b6f
+# %% ../nbs/10d_competing_risks.ipynb #a33d56a9
 def check_competing(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -47,13 +47,13 @@ def aalen_johansen(
     F = np.cumsum(before * d1 / n)
     lost, own, both = (np.divide(d, n * (n - d), out=np.zeros(len(n)), where=n > d), before**2 * d1 * (n - d1) / n**3, before * d1 / n**2)
     variance = F**2 * np.cumsum(lost) - 2 * F * np.cumsum(lost * F) + np.cumsum(lost * F**2) + np.cumsum(own) - 2 * F * np.cumsum(both) + np.cumsum(2 * F * both)
-    known = n - d1 + np.append(0, np.cumsum(d - d1)[:-1])  # at risk after the day, or gone by the other event: free of this one
     at = times if at is None else np.atleast_1d(np.asarray(at, dtype=float))
     if not (at >= 0).all(): raise ValueError("at: expected days of 0 or more")
     if (at > times[-1]).any() and survival[-1] > 0: raise ValueError(f"at: {at.max():g} days is beyond the last follow-up, where the incidence is not known; use earlier times")
     k = np.searchsorted(times, at, side="right")
-    risk, error, free = np.append(0, F)[k], np.append(0, np.sqrt(np.maximum(variance, 0)))[k], np.append(len(durations), known)[k]
-    low, high = _interval(risk, error, free, level)
+    risk, error = np.append(0, F)[k], np.append(0, np.sqrt(np.maximum(variance, 0)))[k]
+    known = len(durations) - np.searchsorted(np.sort(durations[event_types == 0]), at)  # not censored before
+    low, high = _interval(risk, error, known, level)
     return pd.DataFrame({"risk": risk, "se": error, "low": low, "high": high}, index=pd.Index(at, name="time"))
 
 # %% ../nbs/10d_competing_risks.ipynb #48ff6ed5

@@ -3,7 +3,7 @@
     python benchmarks/known_truth.py
 
 20,000 simulated patients of a world without death, asked at their fifth visit, and as many of ours, where death competes. The oracle predicts the true risk from the latent
-state; theory says what it must score. Models that read the record (visit count, age alone, Cox on age and counts, LSTM, BEHRT) learn from 8,000 other patients and are asked the same.
+state; theory says what it must score. Models that read the record (age alone, Cox on age and counts, LSTM, BEHRT) learn from 8,000 other patients and are asked the same.
 Writes benchmarks/results/known_truth.md.
 """
 import time
@@ -35,7 +35,7 @@ class World:
         self.cohort = simulate_cohort(n, seed, mortality=mortality, hazard_ratio=2)
         table = self.cohort.table
         self.store = build_store(table, vocabulary or fit_vocabulary(table.events, exclude=[OUTCOME_CODE]))
-        self.labels = label_visits(self.store, table, Outcome(OUTCOME_CODE, competing="death"), HORIZONS)
+        self.labels = label_visits(self.store, table, Outcome(OUTCOME_CODE, competing="death" if mortality else None), HORIZONS)
         self.marks = at_visit(self.labels, self.store, VISIT)
         if n_landmarks is not None:
             if len(self.marks) < n_landmarks: raise ValueError(f"n: {n} patients have only {len(self.marks)} landmarks at visit {VISIT}")
@@ -82,7 +82,7 @@ def honest_models(train, networks, epochs=6):
     fit = draw_landmarks(train.labels, train.store, split["train"], per_patient=3)
     stop = draw_landmarks(train.labels, train.store, split["validation"])
     models = {}
-    for name, cox in {"visit count": CoxBaseline("visits"), "age alone": CoxBaseline("counts", max_codes=0), "Cox on age and counts": CoxBaseline("counts")}.items():
+    for name, cox in {"age alone": CoxBaseline("counts", max_codes=0), "Cox on age and counts": CoxBaseline("counts")}.items():
         cox.fit(train.store, fit, stop)
         models[name] = lambda world, cox=cox: np.stack([cox.predict_risk(world.store, world.marks, h) for h in ASKED], axis=1)
     return models | (fit_networks(train, split, epochs) if networks else {})
@@ -119,18 +119,18 @@ def fit_networks(train, split, epochs):
 
 
 def against_oracle(world, risks, models, n_resamples=200):
-    "Each honest model minus the oracle on the same patients and draws: AUC and Uno's C (higher is better), Brier (lower is better)."
+    "Each honest model minus the oracle on the same patients and draws: AUC and Uno's C (higher is better), Brier (lower is better); and observed over expected."
     every = {"oracle": at_asked(risks)} | {name: model(world) for name, model in models.items()}
-    table = evaluate(world, every, False, n_resamples, metrics=("uno_c", "auc", "brier"), reference="oracle")
-    table = table[table.model.isin(models)]
-    better = np.where(table.metric == "brier", table.difference_high < 0, table.difference_low > 0)
-    return table.assign(exceeds=better)[["model", "metric", "horizon", "value", "difference", "difference_low", "difference_high", "exceeds"]]
+    table = evaluate(world, every, False, n_resamples, metrics=("uno_c", "auc", "brier", "observed_expected"), reference="oracle")
+    table = table[table.model != "oracle"]
+    better = np.where(table.metric == "brier", (table.difference_high < 0).fillna(False), (table.difference_low > 0).fillna(False))
+    return table.assign(exceeds=better.astype(bool))[["model", "metric", "horizon", "value", "difference", "difference_low", "difference_high", "exceeds"]]
 
 
 def markdown(table):
     "A tidy table as Markdown."
     shown = table.assign(horizon=["" if pd.isna(h) else f"{h / 365:g}" for h in table.horizon]).rename(columns={"horizon": "years"})
-    cells = [[f"{v:.4f}" if isinstance(v, float) else ("yes" if v else "no") if isinstance(v, (bool, np.bool_)) else str(v).replace("_", " ") for v in row] for row in shown.itertuples(index=False)]
+    cells = [["" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else ("yes" if v else "no") if isinstance(v, (bool, np.bool_)) else str(v).replace("_", " ") for v in row] for row in shown.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [[c.replace("_", " ") for c in shown.columns], ["---"] * shown.shape[1], *cells])
 
 
@@ -150,11 +150,14 @@ def main(
     models = against_oracle(deathless, truth, honest_models(train, networks=True), n_resamples)
     events = {name: int((world.marks.events & (world.marks.durations <= ASKED[-1])).sum()) for name, world in (("without death", deathless), ("with death competing", ours))}
     n_inside, n_all = sum(int(t.inside.sum()) for t in tables.values()), sum(map(len, tables.values()))
-    lines = ["# The oracle against theory", "", f"`python benchmarks/known_truth.py`: {n:,} simulated patients in each of two worlds, asked at their fifth visit; the hazard of the outcome is twice that of people of their age. "
+    lines = ["# The oracle against theory", "", f"`python benchmarks/known_truth.py`: {n:,} simulated patients in each of two worlds, asked at their fifth visit (so that the number of visits tells nobody apart); the hazard of the outcome is twice that of people of their age. "
              f"Events within five years: {events['without death']:,} without death, {events['with death competing']:,} with death competing. The oracle averages over {n_futures} futures. Intervals are 95 %: closed-form for calibration, bootstrap over patients ({n_resamples} draws) for the rest.", "",
              f"{n_inside} of {n_all} intervals contain what theory says. They are not independent; about one in twenty may miss.", ""]
     for name, table in tables.items(): lines += [f"## The oracle, {name}", "", markdown(table), ""]
     exceeding = models[models.exceeds]
-    lines += ["## Honest models minus the oracle, without death", "", "Differences on the same patients and the same draws. " + ("No model exceeds the oracle beyond its interval." if not len(exceeding) else f"{len(exceeding)} of {len(models)} exceed the oracle beyond their interval."), "", markdown(models), ""]
+    lines += ["## Honest models minus the oracle, without death", "", "Differences on the same patients and the same draws. " + ("No model exceeds the oracle beyond its interval." if not len(exceeding) else f"{len(exceeding)} of {len(models)} exceed the oracle beyond their interval."), "", markdown(models), "",
+              "Observed over expected is far below 1 for every model that was trained: they say too high a risk. Cox and the networks learn here from visits at which every patient has the same weight. Who has the event soon has few visits at risk, and each of them "
+              "counts for more; how many there will be depends on the future, so the risk learned is that of a drawn visit and not of the fifth. It does not touch the ranking, and it ruins the Brier score: some score worse than saying the same to all. "
+              "The chapter on landmarks shows the effect by itself.", ""]
     RESULTS.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines), f"\n{time.perf_counter() - began:.0f} s")

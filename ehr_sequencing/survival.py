@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['survival_from_logits', 'risk_within', 'survival_loss', 'SurvivalModel', 'HazardHead', 'BEHRTForSurvival']
 
-# %% ../nbs/11_survival.ipynb #c720ffe1
+# %% ../nbs/11_survival.ipynb #a7df25f5
 import dataclasses
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .aggregation import pool_visits
 from .behrt import BEHRT, BEHRTConfig
-from .losses import discrete_time_nll, mean_over_patients
+from .losses import horizon_loss, survival_nll
 
 # %% ../nbs/11_survival.ipynb #c4c8bbc8
 def survival_from_logits(
@@ -43,18 +43,14 @@ def risk_within(
     before, after = log_survival[..., bins - 1], log_survival[..., bins]  # (..., H)
     return -torch.expm1(before + share * (after - before))
 
-# %% ../nbs/11_survival.ipynb #f1127ed4
+# %% ../nbs/11_survival.ipynb #36208319
 def survival_loss(
     logits: Tensor, # (B, V) visit hazards or (B, V, K) horizon hazards, as logits
     batch: dict, # with the labels of `attach_labels`
 ) -> Tensor: # scalar
     "Negative log-likelihood, each patient with equal weight. Raises `ValueError` if no patient of the batch is at risk."
-    if logits.ndim == 3:
-        nll = discrete_time_nll(logits, batch["horizon_bins"], batch["horizon_events"])  # (B, V)
-        return mean_over_patients(nll, batch["at_risk"])
-    at_risk = batch["event_times"] >= 0
-    nll = discrete_time_nll(logits, batch["event_times"].clamp(min=0), batch["event_indicators"] & at_risk)  # (B,)
-    return mean_over_patients(nll.unsqueeze(1), at_risk.unsqueeze(1))
+    if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"])
+    return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
 # %% ../nbs/11_survival.ipynb #ebe9be1f
 class SurvivalModel(nn.Module):

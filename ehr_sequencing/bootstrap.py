@@ -78,7 +78,13 @@ def bca_interval(
     if (acceleration * z >= 1).any(): raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile', or a larger set of patients")
     return tuple(float(q) for q in np.quantile(draws, ndtr(bias + z / (1 - acceleration * z))))
 
-# %% ../nbs/10c_bootstrap.ipynb #5648c031
+# %% ../nbs/10c_bootstrap.ipynb #40f2c94c
+def _minus(x, y) -> np.ndarray:
+    "x - y, and exactly 0 where only rounding tells them apart; NaN where either is."
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)
+
+# %% ../nbs/10c_bootstrap.ipynb #e1769fb1
 @dataclass(frozen=True)
 class Bootstrap:
     "Estimates of one or more metrics with their bootstrap draws; all of them on the same draws."
@@ -129,12 +135,9 @@ class Bootstrap:
 
     def difference(self, first: str, second: str) -> "Bootstrap": # of "first - second"
         "The paired difference of two metrics (or models) on the same draws."
-        def minus(values):
-            x, y = np.asarray(values[first], dtype=float), np.asarray(values[second], dtype=float)
-            return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)  # what only rounding tells apart is the same
         name = f"{first} - {second}"
-        draws, influence = (pd.DataFrame({name: np.where(frame[[first, second]].isna().any(axis=1), np.nan, minus(frame))}) for frame in (self.draws, self.influence))
-        return Bootstrap({name: float(minus(self.estimates))}, draws, influence)
+        draws, influence = (pd.DataFrame({name: _minus(frame[first], frame[second])}) for frame in (self.draws, self.influence))
+        return Bootstrap({name: float(_minus(self.estimates[first], self.estimates[second]))}, draws, influence)
 
     def table(self, level: float = 0.95, method: str = "bca") -> pd.DataFrame: # a row for each metric: value, low, high, left_out
         "All metrics with their intervals. Raises `ValueError` as `interval`."

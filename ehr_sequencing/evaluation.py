@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WEIGHTED', 'FITTED', 'OTHERS', 'METRICS', 'OVERALL', 'NULL', 'REASONS', 'evaluate_survival', 'plot_evaluation']
 
-# %% ../nbs/10e_evaluation.ipynb #34c0e9dc
+# %% ../nbs/10e_evaluation.ipynb #38b8a3e6
 import numpy as np
 import pandas as pd
 from .bootstrap import Bootstrap, bootstrap
 from .calibration import calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
 from .competing_risks import aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope
-from .metrics import (COLORS, MARKERS, STYLES, censoring_weights, check_horizons, check_risks, check_survival, event_weights, pair_sums, plot_over_time,
-                                    plot_risk_groups, risk_groups)
+from .metrics import (COLORS, MARKERS, STYLES, censoring_weights, check_horizons, check_risks, check_survival, event_weights, pair_sums, plot_risk_groups,
+                                    risk_groups)
 
 # %% ../nbs/10e_evaluation.ipynb #6f07e317
 def _incidence(weights: np.ndarray, durations: np.ndarray, types: np.ndarray, horizons: np.ndarray) -> np.ndarray:

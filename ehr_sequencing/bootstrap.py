@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import ndtr, ndtri
 from .metrics import check_risks, check_survival, comparison_keys, concordance_index, pair_sums
 
-# %% ../nbs/10c_bootstrap.ipynb #6f9ac449
+# %% ../nbs/10c_bootstrap.ipynb #78b6a443
 MAX_LEFT_OUT = 0.2  # share of the draws that may be undefined
 CHUNK = 4_000_000  # numbers in a matrix of weights, to bound memory
 
@@ -42,9 +42,10 @@ def draw_counts(
     n_patients: int, # to draw from, and how many are drawn
     n_resamples: int, # draws
     seed: int, # of the draws
+    n_rows: int = None, # rows of all patients, which bound how many draws come at a time; as many as patients if None
 ): # yields (R, n_patients) int64, several draws at a time
     "How often each patient is drawn, with replacement."
-    generator, step = np.random.default_rng(seed), max(1, CHUNK // n_patients)
+    generator, step = np.random.default_rng(seed), max(1, CHUNK // (n_rows or n_patients))
     for start in range(0, n_resamples, step):
         yield generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=min(step, n_resamples - start))
 
@@ -144,7 +145,7 @@ class Bootstrap:
         return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
                              for name, value in self.estimates.items()], index=list(self.estimates))
 
-# %% ../nbs/10c_bootstrap.ipynb #4043f7c3
+# %% ../nbs/10c_bootstrap.ipynb #083e000f
 def bootstrap(
     metric: Callable, # rows (k,) int64, with repetitions -> a number, or a dict of name -> number; ValueError where undefined
     n: int, # rows
@@ -163,7 +164,7 @@ def bootstrap(
     whole = metric(np.ones((1, n))) if weighted else metric(np.arange(n))  # a metric of rows says itself why it is undefined
     estimates = {name: float(np.ravel(v)[0]) for name, v in (whole if isinstance(whole, dict) else {"value": whole}).items()}
     if undefined := [name for name, v in estimates.items() if not np.isfinite(v)]: raise ValueError(f"metric: {undefined[0]} is undefined for the patients as a whole")
-    draws = [values_of(counts[:, patient].astype(float)) for counts in draw_counts(n_patients, n_resamples, seed)]
+    draws = [values_of(counts[:, patient].astype(float)) for counts in draw_counts(n_patients, n_resamples, seed, n)]
     block = np.random.default_rng([seed, 1]).permutation(n_patients) % min(n_blocks, n_patients)  # (n_patients,)
     blocks, step = np.arange(block.max() + 1), max(1, CHUNK // n)
     jackknife = [values_of((block[patient] != blocks[i:i + step, None]).astype(float)) for i in range(0, len(blocks), step)]

@@ -49,7 +49,7 @@ def draw_counts(
     for start in range(0, n_resamples, step):
         yield generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=min(step, n_resamples - start))
 
-# %% ../nbs/10c_bootstrap.ipynb #1628e7a5
+# %% ../nbs/10c_bootstrap.ipynb #526abbf5
 def interval(
     draws, # bootstrap draws of a number
     level: float = 0.95, # coverage
@@ -62,8 +62,8 @@ def _bias_and_acceleration(draws: np.ndarray, estimate: float, influence: np.nda
     "z_0 and a of BCa. Raises `ValueError` if all draws lie on one side of the estimate."
     below = (np.mean(draws < estimate) + np.mean(draws <= estimate)) / 2
     if below in (0, 1): raise ValueError("draws: all lie on one side of the estimate, so the bias of BCa is undefined; use method='percentile', or a larger set of patients")
-    square = np.sum(influence**2)
-    return ndtri(below), 0.0 if square == 0 else np.sum(influence**3) / (6 * square**1.5)
+    d = influence[np.abs(influence) > 1e-12 * abs(estimate)]  # the rest is rounding
+    return ndtri(below), np.sum(d**3) / (6 * np.sum(d**2) ** 1.5) if len(d) else 0.0
 
 
 def bca_interval(

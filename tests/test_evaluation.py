@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ehr_sequencing.brier import brier_score, integrated_brier_score, scaled_brier_score
-from ehr_sequencing.competing_risks import cause_specific_auc, cause_specific_brier, cause_specific_concordance, cause_specific_uno
+from ehr_sequencing.competing_risks import aalen_johansen, cause_specific_auc, cause_specific_brier, cause_specific_concordance, cause_specific_uno
 from ehr_sequencing.evaluation import METRICS, NULL, OTHERS, evaluate_survival
 from ehr_sequencing.metrics import concordance_index, cumulative_dynamic_auc, mean_auc, uno_concordance
 
@@ -63,11 +63,14 @@ def test_values_are_those_of_the_metrics_and_undefined_where_they_are(cohort):
 def test_competing_values_are_the_cause_specific_ones(cohort):
     t, types, risks, horizons, train_t, train_types = cohort
     assume((types == 1).any())
-    chosen = ["harrell_c", "uno_c", "auc", "brier"]
+    chosen = ["harrell_c", "uno_c", "auc", "brier", "scaled_brier"]
     table = evaluate_survival(t, None, risks, horizons, train_t, None, event_types=types, train_event_types=train_types, metrics=chosen, n_resamples=0, undefined="omit")
     for row in table[table.model != NULL].itertuples():
         x, h = risks[row.model][:, list(horizons).index(row.horizon)], row.horizon
-        expected = {"harrell_c": lambda: cause_specific_concordance(t, types, x, h), "uno_c": lambda: cause_specific_uno(t, types, x, train_t, train_types, h),
+        def scaled():
+            same = np.full(len(t), aalen_johansen(train_t, train_types, at=h).risk.iloc[0])
+            return 1 - cause_specific_brier(t, types, x, h, train_t, train_types)[0] / cause_specific_brier(t, types, same, h, train_t, train_types)[0]
+        expected = {"scaled_brier": scaled, "harrell_c": lambda: cause_specific_concordance(t, types, x, h), "uno_c": lambda: cause_specific_uno(t, types, x, train_t, train_types, h),
                     "auc": lambda: cause_specific_auc(t, types, x, h, train_t, train_types)[0], "brier": lambda: cause_specific_brier(t, types, x, h, train_t, train_types)[0]}[row.metric]()
         assert abs(row.value - expected) < 1e-9
 

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import ndtr, ndtri
 from .metrics import check_risks, check_survival, comparison_keys, concordance_index, pair_sums
 
-# %% ../nbs/10c_bootstrap.ipynb #6f9ac449
+# %% ../nbs/10c_bootstrap.ipynb #78b6a443
 MAX_LEFT_OUT = 0.2  # share of the draws that may be undefined
 CHUNK = 4_000_000  # numbers in a matrix of weights, to bound memory
 
@@ -42,13 +42,14 @@ def draw_counts(
     n_patients: int, # to draw from, and how many are drawn
     n_resamples: int, # draws
     seed: int, # of the draws
+    n_rows: int = None, # rows of all patients, which bound how many draws come at a time; as many as patients if None
 ): # yields (R, n_patients) int64, several draws at a time
     "How often each patient is drawn, with replacement."
-    generator, step = np.random.default_rng(seed), max(1, CHUNK // n_patients)
+    generator, step = np.random.default_rng(seed), max(1, CHUNK // (n_rows or n_patients))
     for start in range(0, n_resamples, step):
         yield generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=min(step, n_resamples - start))
 
-# %% ../nbs/10c_bootstrap.ipynb #1628e7a5
+# %% ../nbs/10c_bootstrap.ipynb #526abbf5
 def interval(
     draws, # bootstrap draws of a number
     level: float = 0.95, # coverage
@@ -61,8 +62,8 @@ def _bias_and_acceleration(draws: np.ndarray, estimate: float, influence: np.nda
     "z_0 and a of BCa. Raises `ValueError` if all draws lie on one side of the estimate."
     below = (np.mean(draws < estimate) + np.mean(draws <= estimate)) / 2
     if below in (0, 1): raise ValueError("draws: all lie on one side of the estimate, so the bias of BCa is undefined; use method='percentile', or a larger set of patients")
-    square = np.sum(influence**2)
-    return ndtri(below), 0.0 if square == 0 else np.sum(influence**3) / (6 * square**1.5)
+    d = influence[np.abs(influence) > 1e-12 * abs(estimate)]  # the rest is rounding
+    return ndtri(below), np.sum(d**3) / (6 * np.sum(d**2) ** 1.5) if len(d) else 0.0
 
 
 def bca_interval(
@@ -78,7 +79,13 @@ def bca_interval(
     if (acceleration * z >= 1).any(): raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile', or a larger set of patients")
     return tuple(float(q) for q in np.quantile(draws, ndtr(bias + z / (1 - acceleration * z))))
 
-# %% ../nbs/10c_bootstrap.ipynb #5648c031
+# %% ../nbs/10c_bootstrap.ipynb #40f2c94c
+def _minus(x, y) -> np.ndarray:
+    "x - y, and exactly 0 where only rounding tells them apart; NaN where either is."
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)
+
+# %% ../nbs/10c_bootstrap.ipynb #e1769fb1
 @dataclass(frozen=True)
 class Bootstrap:
     "Estimates of one or more metrics with their bootstrap draws; all of them on the same draws."
@@ -129,19 +136,16 @@ class Bootstrap:
 
     def difference(self, first: str, second: str) -> "Bootstrap": # of "first - second"
         "The paired difference of two metrics (or models) on the same draws."
-        def minus(values):
-            x, y = np.asarray(values[first], dtype=float), np.asarray(values[second], dtype=float)
-            return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)  # what only rounding tells apart is the same
         name = f"{first} - {second}"
-        draws, influence = (pd.DataFrame({name: np.where(frame[[first, second]].isna().any(axis=1), np.nan, minus(frame))}) for frame in (self.draws, self.influence))
-        return Bootstrap({name: float(minus(self.estimates))}, draws, influence)
+        draws, influence = (pd.DataFrame({name: _minus(frame[first], frame[second])}) for frame in (self.draws, self.influence))
+        return Bootstrap({name: float(_minus(self.estimates[first], self.estimates[second]))}, draws, influence)
 
     def table(self, level: float = 0.95, method: str = "bca") -> pd.DataFrame: # a row for each metric: value, low, high, left_out
         "All metrics with their intervals. Raises `ValueError` as `interval`."
         return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
                              for name, value in self.estimates.items()], index=list(self.estimates))
 
-# %% ../nbs/10c_bootstrap.ipynb #4043f7c3
+# %% ../nbs/10c_bootstrap.ipynb #083e000f
 def bootstrap(
     metric: Callable, # rows (k,) int64, with repetitions -> a number, or a dict of name -> number; ValueError where undefined
     n: int, # rows
@@ -160,7 +164,7 @@ def bootstrap(
     whole = metric(np.ones((1, n))) if weighted else metric(np.arange(n))  # a metric of rows says itself why it is undefined
     estimates = {name: float(np.ravel(v)[0]) for name, v in (whole if isinstance(whole, dict) else {"value": whole}).items()}
     if undefined := [name for name, v in estimates.items() if not np.isfinite(v)]: raise ValueError(f"metric: {undefined[0]} is undefined for the patients as a whole")
-    draws = [values_of(counts[:, patient].astype(float)) for counts in draw_counts(n_patients, n_resamples, seed)]
+    draws = [values_of(counts[:, patient].astype(float)) for counts in draw_counts(n_patients, n_resamples, seed, n)]
     block = np.random.default_rng([seed, 1]).permutation(n_patients) % min(n_blocks, n_patients)  # (n_patients,)
     blocks, step = np.arange(block.max() + 1), max(1, CHUNK // n)
     jackknife = [values_of((block[patient] != blocks[i:i + step, None]).astype(float)) for i in range(0, len(blocks), step)]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WEIGHTED', 'FITTED', 'OTHERS', 'METRICS', 'OVERALL', 'NULL', 'REASONS', 'evaluate_survival', 'plot_evaluation']
 
-# %% ../nbs/10e_evaluation.ipynb #34c0e9dc
+# %% ../nbs/10e_evaluation.ipynb #38b8a3e6
 import numpy as np
 import pandas as pd
 from .bootstrap import Bootstrap, bootstrap
 from .calibration import calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
 from .competing_risks import aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope
-from .metrics import (COLORS, MARKERS, STYLES, censoring_weights, check_horizons, check_risks, check_survival, event_weights, pair_sums, plot_over_time,
-                                    plot_risk_groups, risk_groups)
+from .metrics import (COLORS, MARKERS, STYLES, censoring_weights, check_horizons, check_risks, check_survival, event_weights, pair_sums, plot_risk_groups,
+                                    risk_groups)
 
 # %% ../nbs/10e_evaluation.ipynb #6f07e317
 def _incidence(weights: np.ndarray, durations: np.ndarray, types: np.ndarray, horizons: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
 
-# %% ../nbs/10e_evaluation.ipynb #037fc98d
+# %% ../nbs/10e_evaluation.ipynb #9ee2e85e
 def evaluate_survival(
     durations, # (n,) days to the event or censoring
     events, # (n,) bool: event of interest observed; may be None where `event_types` is given
@@ -245,7 +245,7 @@ def evaluate_survival(
         boot, names = _add_weighted(table, setting, [name for name in rest if name in WEIGHTED], groups, n_resamples, seed, level, method)
         _add_calibration(table, setting, rest, competing, groups, n_resamples, seed, level, method)
     frame = _tidy(table, [*risks, NULL], durations, types, horizons)
-    if reference is not None and boot is not None: frame = _add_differences(frame, boot, names, reference, level, method)
+    if reference is not None: frame = _add_differences(frame, boot, names, reference, level, method)
     people = len(durations) if groups is None else len(np.unique(groups))
     frame.attrs = {"n": len(durations), "patients": people, "events": int((types == 1).sum()), "n_resamples": n_resamples, "seed": seed, "level": level, "method": method, "omitted": table.omitted}
     return frame
@@ -259,7 +259,7 @@ def _tidy(table: _Table, models: list, durations, types, horizons) -> pd.DataFra
     until = frame.horizon.fillna(horizons[-1]).to_numpy(dtype=float)
     return frame.assign(n=len(durations), events=[int(((types == 1) & (durations <= h)).sum()) for h in until])
 
-# %% ../nbs/10e_evaluation.ipynb #69b54d90
+# %% ../nbs/10e_evaluation.ipynb #9c3693ee
 def _plot_calibration_curves(durations, types, risks: dict, horizon: float, k: int, competing: bool, ax):
     "Smooth calibration curves of all models, each with its 95 % band."
     top = 0.0
@@ -275,15 +275,16 @@ def _plot_calibration_curves(durations, types, risks: dict, horizon: float, k: i
 
 
 def _plot_metric(table: pd.DataFrame, metric: str, title: str, models: list, ax):
-    "One metric over time with its intervals, and the null risk if it is in the table."
+    "One metric over time with its intervals as vertical lines, and the null risk if it is among the models."
     rows = {name: table[(table.metric == metric) & (table.model == name)] for name in models}
     if not any(map(len, rows.values())): raise ValueError(f"table: expected rows of {metric} for these models; evaluate them with it")
     for i, (name, r) in enumerate(rows.items()):
         if not len(r): continue
+        years = r.horizon.to_numpy(dtype=float) / 365.25
         style = dict(color="0.4", ls=":", marker="x", ms=5) if name == NULL else dict(color=COLORS[i % 5], ls=STYLES[i % 5], marker=MARKERS[i % 5], ms=4)
-        years, drawn = r.horizon.to_numpy(dtype=float) / 365.25, r.low.notna().all() and name != NULL
-        ax.plot(years, r.value, **style, label=name)
-        if drawn: ax.fill_between(years, r.low.to_numpy(dtype=float), r.high.to_numpy(dtype=float), color=style["color"], alpha=0.12, lw=0)
+        beside = years + 0.012 * np.ptp(years) * (i - (len(rows) - 1) / 2) * (name != NULL)  # so that intervals do not hide one another
+        ax.plot(beside, r.value, **style, label=name)
+        if name != NULL and r.low.notna().all(): ax.vlines(beside, r.low.to_numpy(dtype=float), r.high.to_numpy(dtype=float), color=style["color"], lw=1)
     ax.set(xlabel="years from the landmark", ylabel=title, title=f"{title} at the horizon")
     ax.legend(frameon=False, fontsize=8)
 
@@ -296,7 +297,7 @@ def _plot_incidence_groups(durations, types, risks, ax):
         years, label = np.append(0, curve.index / 365.25), f"{('lowest', 'middle', 'highest')[g]} third (n={(groups == g).sum()}, {((groups == g) & (types == 1)).sum()} events)"
         ax.step(years, np.append(0, curve.risk), where="post", color=COLORS[g], ls=STYLES[g], label=label)
         ax.fill_between(years, np.append(0, curve.low), np.append(0, curve.high), step="post", color=COLORS[g], alpha=0.15, lw=0)
-    ax.set(xlabel="years from the landmark", ylabel="observed risk of the event of interest", xlim=(0, None))
+    ax.set(xlabel="years from the landmark", ylabel="observed risk of the event of interest", xlim=(0, None), ylim=(0, 1.25 * ax.get_ylim()[1]))
     ax.legend(frameon=False, fontsize=8)
 
 # %% ../nbs/10e_evaluation.ipynb #d9c21672

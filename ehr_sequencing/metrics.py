@@ -182,7 +182,7 @@ def concordance_index(
     scores = _concordance(durations, events, check_risks(risks, len(durations), columns), events.astype(float), np.broadcast_to(np.inf if tau is None else tau, columns))
     return scores if np.ndim(risks) == 2 else float(scores[0])
 
-# %% ../nbs/10_metrics.ipynb #89e57235
+# %% ../nbs/10_metrics.ipynb #25166d09
 def event_weights(
     durations, # (n,) days of the patients evaluated
     events, # (n,) bool
@@ -191,7 +191,7 @@ def event_weights(
     tau: float, # days: events from here on do not count
 ) -> np.ndarray: # (n,) 1 / G(T_i) for an event before tau, otherwise 0
     "Inverse probability of censoring weights of the events before tau. Raises `ValueError` if tau lies past the follow-up of either set of patients."
-    (durations, events), G = check_survival(durations, events), censoring_distribution(train_durations, train_events)
+    (durations, events), G = check_survival(durations, events, need_event=False), censoring_distribution(train_durations, train_events)
     if not (np.ndim(tau) == 0 and np.isfinite(tau) and tau > 0): raise ValueError("tau: expected one positive number of days")
     for name, end in (("patients evaluated", durations.max()), ("training patients", G.times[-1])):
         if tau > end: raise ValueError(f"tau: {tau:g} days lie past the follow-up of the {name}; use a smaller tau")

@@ -249,13 +249,13 @@ def test_weights_and_copies_give_the_same_draws(cohort, seed, n_patients):
 
 
 @settings(SOME, max_examples=60)
-@given(st.lists(st.floats(-3, 3), min_size=5, max_size=30), st.sampled_from([0.8, 0.9, 0.95, 0.99]), st.sampled_from([np.mean, np.median, np.std]))
+@given(st.lists(st.integers(-30, 30), min_size=5, max_size=30), st.sampled_from([0.8, 0.9, 0.95, 0.99]), st.sampled_from([np.mean, np.std, lambda x: np.mean(x) / np.max(x)]))
 def test_bca_is_that_of_scipy(values, level, statistic):
-    x = np.exp(np.array(values))
+    x = np.exp(np.array(values) / 10)
     n = len(x)
     boot = bootstrap(lambda rows: float(statistic(x[rows])), n, n_resamples=1)
     reference = scipy_bootstrap((x,), statistic, method="BCa", n_resamples=400, confidence_level=level, vectorized=False, rng=np.random.default_rng(0))
-    assume(np.isfinite(reference.confidence_interval).all())
+    assume(np.isfinite(reference.confidence_interval).all() and boot.influence["value"].abs().max() > 1e-9)  # with rounding alone SciPy's acceleration is that of the rounding
     try: ours = bca_interval(reference.bootstrap_distribution, float(statistic(x)), boot.influence["value"], level)
     except ValueError: assume(False)
     np.testing.assert_allclose(ours, reference.confidence_interval, rtol=1e-9, atol=1e-12)

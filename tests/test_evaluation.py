@@ -1,0 +1,108 @@
+"The one call, on data drawn to be nasty: it gives finite numbers with finite intervals or says why not, and its numbers are those of the single metrics."
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from ehr_sequencing.brier import brier_score, integrated_brier_score, scaled_brier_score
+from ehr_sequencing.competing_risks import aalen_johansen, cause_specific_auc, cause_specific_brier, cause_specific_concordance, cause_specific_uno
+from ehr_sequencing.evaluation import METRICS, NULL, OTHERS, evaluate_survival
+from ehr_sequencing.metrics import concordance_index, cumulative_dynamic_auc, mean_auc, uno_concordance
+
+SOME = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@st.composite
+def cohorts(draw, kinds):
+    "Test and training patients on a coarse grid, two models and three horizons, some of them past the follow-up."
+    def column(n, top): return np.frombuffer(draw(st.binary(min_size=n, max_size=n)), np.uint8).astype(int) % (top + 1)
+    n, m, last, share = draw(st.integers(8, 40)), draw(st.integers(8, 50)), draw(st.integers(2, 12)), draw(st.integers(0, 10))
+    types = np.where(column(n, 9) < share, 1 + column(n, 9) % kinds, 0)
+    risks = {name: np.sort(column(3 * n, 20).reshape(n, 3) / 20, axis=1) for name in ("one", "two")}
+    horizons = np.sort(draw(st.lists(st.integers(1, 2 * last), min_size=3, max_size=3, unique=True))) / 2
+    return column(n, last - 1) + 1.0, types, risks, horizons, column(m, last) + 1.0, np.where(column(m, 9) < 4, 1 + column(m, 9) % kinds, 0)
+
+
+def value_of(function, *arguments):
+    "A metric, or None where it is undefined."
+    try: return np.ravel(function(*arguments))[0]
+    except ValueError: return None
+
+
+@SOME
+@given(cohorts(1))
+def test_values_are_those_of_the_metrics_and_undefined_where_they_are(cohort):
+    t, types, risks, horizons, train_t, train_types = cohort
+    e, train = types == 1, (train_t, train_types == 1)
+    table = evaluate_survival(t, e, risks, horizons, *train, n_resamples=0, undefined="omit")
+    assert np.isfinite(table.value).all() and all(row["reason"] for row in table.attrs["omitted"])
+    found = {(r.model, r.metric, None if pd.isna(r.horizon) else r.horizon): r.value for r in table.itertuples()}
+    listed = {(o["model"], o["metric"], o["horizon"]) for o in table.attrs["omitted"]}
+    assert not listed & set(found) and len(listed) + len([k for k in found if k[0] != NULL]) == 2 * (3 * (len(METRICS) - 3) + 3)
+    within = True
+    for k, h in enumerate(horizons):
+        known = value_of(brier_score, t, e, risks["one"][:, k], h, *train) is not None
+        within &= known
+        for model, r in risks.items():
+            x = r[:, k]
+            for name, function, arguments in (("harrell_c", concordance_index, (t, e, x, h)), ("uno_c", uno_concordance, (t, e, x, *train, h)), ("auc", cumulative_dynamic_auc, (t, e, x, h, *train)),
+                                              ("brier", brier_score, (t, e, x, h, *train)), ("scaled_brier", scaled_brier_score, (t, e, x, h, *train))):
+                expected = value_of(function, *arguments) if known else None  # a horizon past follow-up is left out as a whole
+                assert (expected is None) == ((model, name, h) in listed)
+                if expected is not None: assert abs(found[model, name, h] - expected) < 1e-9
+    for model, r in risks.items():
+        for name, function in (("mean_auc", mean_auc), ("integrated_brier", integrated_brier_score)):
+            expected = value_of(function, t, e, r, horizons, *train) if within else None
+            assert (expected is None) == ((model, name, None) in listed)
+            if expected is not None: assert abs(found[model, name, None] - expected) < 1e-9
+
+
+@SOME
+@given(cohorts(2))
+def test_competing_values_are_the_cause_specific_ones(cohort):
+    t, types, risks, horizons, train_t, train_types = cohort
+    assume((types == 1).any())
+    chosen = ["harrell_c", "uno_c", "auc", "brier", "scaled_brier"]
+    table = evaluate_survival(t, None, risks, horizons, train_t, None, event_types=types, train_event_types=train_types, metrics=chosen, n_resamples=0, undefined="omit")
+    for row in table[table.model != NULL].itertuples():
+        x, h = risks[row.model][:, list(horizons).index(row.horizon)], row.horizon
+        def scaled():
+            same = np.full(len(t), aalen_johansen(train_t, train_types, at=h).risk.iloc[0])
+            return 1 - cause_specific_brier(t, types, x, h, train_t, train_types)[0] / cause_specific_brier(t, types, same, h, train_t, train_types)[0]
+        expected = {"scaled_brier": scaled, "harrell_c": lambda: cause_specific_concordance(t, types, x, h), "uno_c": lambda: cause_specific_uno(t, types, x, train_t, train_types, h),
+                    "auc": lambda: cause_specific_auc(t, types, x, h, train_t, train_types)[0], "brier": lambda: cause_specific_brier(t, types, x, h, train_t, train_types)[0]}[row.metric]()
+        assert abs(row.value - expected) < 1e-9
+
+
+@settings(SOME, max_examples=30)
+@given(cohorts(1), st.sampled_from(["bca", "percentile"]))
+def test_intervals_are_finite_and_ordered(cohort, method):
+    t, types, risks, horizons, train_t, train_types = cohort
+    table = evaluate_survival(t, types == 1, risks, horizons, train_t, train_types == 1, n_resamples=60, method=method, undefined="omit", reference="one")
+    drawn = table[~table.metric.isin(OTHERS)]
+    assert np.isfinite(table.value).all() and drawn.low.notna().all() and (drawn.low <= drawn.high).all() and np.isfinite(drawn[["low", "high"]].to_numpy(dtype=float)).all()
+    values = {(r.model, r.metric, None if pd.isna(r.horizon) else r.horizon): r.value for r in table.itertuples()}
+    for r in table.dropna(subset="difference").itertuples():
+        assert r.model == "two" and abs(r.difference - (r.value - values["one", r.metric, None if pd.isna(r.horizon) else r.horizon])) < 1e-9
+        assert r.difference_low <= r.difference_high and 0 < r.p_value <= 1
+    assert table[table.model == "one"].difference.isna().all()
+
+
+def test_the_same_seed_gives_the_same_table_and_another_does_not():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=200)
+    t, e = np.ceil(900 * generator.exponential(np.exp(-x))), generator.random(200) < 0.6
+    risks = 1 - np.exp(-np.exp(x)[:, None] * np.array([200, 500]) / 900)
+    one, same, other = (evaluate_survival(t, e, risks, [200, 500], t, e, metrics=["auc", "uno_c"], n_resamples=100, seed=seed) for seed in (1, 1, 2))
+    assert one.equals(same) and not one.equals(other)
+    wide, narrow = (evaluate_survival(t, e, risks, [200, 500], t, e, metrics=["auc"], n_resamples=400, level=level) for level in (0.99, 0.8))
+    assert (wide.low < narrow.low).all() and (wide.high > narrow.high).all()
+
+
+def test_too_many_undefined_draws_are_refused():
+    t, e = np.array([5.0] + [9.0] * 40), np.array([True] + [False] * 40)
+    risks = np.linspace(0.9, 0.1, 41)
+    with pytest.raises(ValueError, match="model, auc at 6 days: .*too few events"): evaluate_survival(t, e, risks, 6, t, e, metrics=["auc"], n_resamples=200)
+    kept = evaluate_survival(t, e, risks, 6, t, e, metrics=["auc", "brier"], n_resamples=200, undefined="omit")
+    assert "auc" not in set(kept.metric) and "brier" in set(kept.metric)

@@ -13,12 +13,12 @@ from scipy.stats import chi2, norm
 
 from .metrics import COLORS, censoring_distribution, check_survival, count_leaving, risk_groups
 
-# %% ../nbs/10b_calibration.ipynb #17022722
+# %% ../nbs/10b_calibration.ipynb #b4ccb520
 def _check_horizon(durations, event_types, risks, horizon):
     "The horizon as a number, if calibration at it is defined for these patients."
     if np.ndim(horizon) or not np.isfinite(horizon) or horizon <= 0: raise ValueError(f"horizon: expected one positive number of days, got {horizon}")
     if ((risks < 0) | (risks > 1)).any(): raise ValueError(f"risks: {int(((risks < 0) | (risks > 1)).sum())} of {len(risks)} lie outside [0, 1]; calibration needs probabilities")
-    if durations.max() < horizon: raise ValueError(f"horizon: {horizon:g} days is beyond the last follow-up ({durations.max():g} days); what happens later was not observed")
+    if durations.max() < horizon: raise ValueError(f"horizon: {horizon:g} days is beyond the last follow-up; what happens later was not observed. Use an earlier horizon")
     if not ((event_types == 1) & (durations <= horizon)).any(): raise ValueError(f"horizon: nobody has the event within {horizon:g} days, so there is nothing to compare the risks with")
     return float(horizon)
 
@@ -29,7 +29,7 @@ def _known_outcomes(durations, event_types, horizon):
     G = censoring_distribution(durations, event_types > 0)(np.minimum(durations, horizon), left_limit=True)  # (n,)
     return ((event_types == 1) & (durations <= horizon)).astype(float), np.divide(known, G, out=np.zeros(len(G)), where=known)
 
-# %% ../nbs/10b_calibration.ipynb #df7578e3
+# %% ../nbs/10b_calibration.ipynb #b63ba9fb
 def _influence(psi, durations, event_types, horizon):
     "Influence of each patient on the sum of the weighted terms psi, (n, p), with weights from `_known_outcomes`."
     times, at_risk, n_events, n_censored = count_leaving(durations, event_types > 0)
@@ -37,13 +37,12 @@ def _influence(psi, durations, event_types, horizon):
     by_time = np.stack([np.bincount(at, column, len(times)) for column in psi.T], axis=1)  # (m, p)
     later = by_time[::-1].cumsum(0)[::-1] - by_time  # (m, p) sum of psi over T > u
     left = at_risk - n_events  # at risk of censoring
-    used = (times < horizon) & (n_censored > 0) & (left > n_censored)
-    rate = np.where(used, 1 / np.maximum(left - n_censored, 1), 0)[:, None] * later
+    rate = ((times < horizon) / np.maximum(left - n_censored, 1))[:, None] * later  # where all of them leave, nobody is later
     share = rate * (n_censored / np.maximum(left, 1))[:, None]
     censored = (event_types == 0)[:, None]
     return psi + censored * rate[at] - share.cumsum(0)[at] + ~censored * share[at]
 
-# %% ../nbs/10b_calibration.ipynb #d38c642f
+# %% ../nbs/10b_calibration.ipynb #9daa4ba8
 def _weighted_logistic(x, outcomes, weights, offset):
     "Maximum of the weighted likelihood; x has a leading column of ones. Coefficients (p,), inverse information (p, p), score of each patient (n, p)."
     def deviance(beta): return (weights * (np.logaddexp(0, offset + x @ beta) - outcomes * (offset + x @ beta))).sum()
@@ -69,10 +68,10 @@ def _logit(risks):
 def _slopes(durations, event_types, risks, horizon, level):
     "The table of `calibration_slope`, also with competing events (type 2)."
     horizon = _check_horizon(durations, event_types, risks, horizon)
-    if risks.min() == risks.max(): raise ValueError("risks: all are the same, so that there is no slope")
     outcomes, weights = _known_outcomes(durations, event_types, horizon)
     if outcomes[weights > 0].all(): raise ValueError(f"horizon: nobody is known to be free of the event at {horizon:g} days, so that there is no slope")
     n, z, log_odds = len(risks), norm.ppf((1 + level) / 2), _logit(risks)
+    if np.ptp(log_odds) < 1e-8: raise ValueError("risks: all are the same, so that there is no slope")
     x = np.stack([np.ones(n), (log_odds - log_odds.mean()) / log_odds.std()], axis=1)  # (n, 2)
     def fit(x, offset):
         beta, inverse, score = _weighted_logistic(x, outcomes, weights, offset)
@@ -142,7 +141,7 @@ def calibration_groups(
     durations, events, risks = check_survival(durations, events, risks)
     return _groups(durations, events.astype(int), risks, horizon, n_groups, level)
 
-# %% ../nbs/10b_calibration.ipynb #f158c12a
+# %% ../nbs/10b_calibration.ipynb #43916b95
 def _spline(x, knots):
     "Restricted cubic spline, (n, K - 1) for K >= 3 knots, (n, 1) with fewer: x itself and one bend for each knot but the last two."
     if len(knots) < 3: return x[:, None]
@@ -160,13 +159,15 @@ def _knots(x, n_knots):
 
 
 def _terms(x, at, n_knots):
-    "Spline terms of x, (n, p), centred, of unit variance and uncorrelated; and the same terms at other values, (g, p)."
-    knots = _knots(x, n_knots)
-    raw = _spline(x, knots)
-    rotation = np.linalg.inv(np.linalg.qr(raw - raw.mean(0), mode="r")) * np.sqrt(len(x))
+    "Spline terms of x, (n, p), centred, of unit variance and uncorrelated; and the same terms at other values, (g, p). Only x itself where ties leave no room to bend."
+    for knots in (_knots(x, n_knots), []):
+        raw = _spline(x, knots)
+        triangle = np.linalg.qr(raw - raw.mean(0), mode="r")
+        if np.abs(np.diag(triangle)).min() > 1e-8 * np.abs(triangle).max(): break
+    rotation = np.linalg.inv(triangle) * np.sqrt(len(x))
     return (raw - raw.mean(0)) @ rotation, (_spline(at, knots) - raw.mean(0)) @ rotation
 
-# %% ../nbs/10b_calibration.ipynb #e70b263d
+# %% ../nbs/10b_calibration.ipynb #37b02ad7
 class _RiskSets:
     "Weighted sums over the risk sets of all events of type 1, in order of time, with Efron's correction for ties."
     def __init__(self, x, durations, event_types):
@@ -189,7 +190,7 @@ class _RiskSets:
         return at_risk + self.G * competing - self.share[:, None] * self._over_ties(values[self.rows])
 
     def of_patients(self, terms): # (m, q) -> (n, q)
-        "The transpose: for each patient, the sum of the terms of all events in whose risk set he is."
+        "The transpose: for each patient, the sum of the terms of all events whose risk set holds them."
         n_before = np.searchsorted(self.times[self.rows], self.times, side="right")
         seen, later = (np.concatenate([np.zeros((1, terms.shape[1])), np.cumsum(t, axis=0)]) for t in (terms, terms * self.G))
         sums = seen[n_before] + self.stays * (later[-1] - later[n_before])
@@ -239,21 +240,23 @@ def _cox_influence(sets, beta, r, total, mean, information, horizon):
     on_hazard = own[:, p:] - r * sums[:, p + 1:] - on_beta @ (mean * counted).sum(0)[:, None]
     return np.log(counted.sum()) - (sets.x @ beta).max(), np.concatenate([on_hazard / counted.sum(), on_beta], axis=1)
 
-# %% ../nbs/10b_calibration.ipynb #2f6059f6
+# %% ../nbs/10b_calibration.ipynb #5e1ee53f
 def _curve(durations, event_types, risks, horizon, at, n_knots, method):
     "The curve at some predicted risks on the scale of its method, its standard error, and the way back to probabilities. Risks are kept 1e-10 away from 0 and 1."
     horizon = _check_horizon(durations, event_types, risks, horizon)
     if method not in ("logistic", "cox"): raise ValueError(f"method: expected 'logistic' or 'cox', got {method!r}")
     if not n_knots >= 3 or n_knots != int(n_knots): raise ValueError(f"knots: expected a whole number of at least 3, got {n_knots}")
-    if method == "cox" and risks.min() < risks.max():
-        terms, z = _terms(*(np.log(-np.log1p(-np.clip(r, 1e-10, 1 - 1e-10))) for r in (risks, at)), int(n_knots))
+    x = _logit(risks)
+    same = np.ptp(x) < 1e-8  # but for rounding
+    if method == "cox" and not same:
+        terms, z = _terms(np.log(np.logaddexp(0, x)), np.log(np.logaddexp(0, _logit(at))), int(n_knots))
         sets = _RiskSets(terms, durations, event_types)
         beta, *fit = _fit_cox(sets)
         intercept, influence = _cox_influence(sets, beta, *fit, horizon)
         coefficients, z = np.insert(beta, 0, intercept), np.insert(z, 0, 1, axis=1)  # (1 + p,), (g, 1 + p)
         def to_probability(v): return -np.expm1(-np.exp(np.minimum(v, 100)))
     else:
-        terms, z = _terms(_logit(risks), _logit(at), int(n_knots)) if risks.min() < risks.max() else (risks[:, None][:, :0], at[:, None][:, :0])
+        terms, z = (np.empty((len(risks), 0)), np.empty((len(at), 0))) if same else _terms(x, _logit(at), int(n_knots))
         outcomes, weights = _known_outcomes(durations, event_types, horizon)
         coefficients, inverse, score = _weighted_logistic(np.insert(terms, 0, 1, axis=1), outcomes, weights, 0.0)
         influence, z = _influence(score, durations, event_types, horizon) @ inverse, np.insert(z, 0, 1, axis=1)
@@ -341,12 +344,12 @@ def plot_calibration(
     durations, events, risks = check_survival(durations, events, risks)
     return _plot(durations, events.astype(int), risks, horizon, ax, title, n_groups, knots, method)
 
-# %% ../nbs/10b_calibration.ipynb #e91ad5b3
+# %% ../nbs/10b_calibration.ipynb #4b7b8129
 def survival_at(
     times, # (n,) days, one for each patient, at most the last horizon
     risks, # (n, H) predicted F at each horizon, not falling with the horizon
     horizons, # (H,) increasing days
-) -> np.ndarray: # (n,) survival probability of each patient at his own time
+) -> np.ndarray: # (n,) survival probability of each patient at the patient's own time
     "Survival at patients' own times, with a constant rate between horizons. Raises `ValueError` for a time beyond the last horizon, or risks that fall with time."
     times, risks, edges = np.asarray(times, dtype=float), np.asarray(risks, dtype=float), np.append(0.0, np.asarray(horizons, dtype=float))
     if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any(): raise ValueError("horizons: expected finite, positive, increasing days")

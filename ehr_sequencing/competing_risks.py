@@ -15,7 +15,7 @@ import pandas as pd
 from .calibration import _curve_table, _distances, _groups, _interval, _plot, _slopes
 from .metrics import COLORS, censoring_weights, check_risks, check_survival, concordance_index, count_leaving, event_weights, kaplan_meier, pair_sums, weighted_auc
 
-# %% ../nbs/10d_competing_risks.ipynb #a7dda987
+# %% ../nbs/10d_competing_risks.ipynb #a33d56a9
 def check_competing(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -47,13 +47,13 @@ def aalen_johansen(
     F = np.cumsum(before * d1 / n)
     lost, own, both = (np.divide(d, n * (n - d), out=np.zeros(len(n)), where=n > d), before**2 * d1 * (n - d1) / n**3, before * d1 / n**2)
     variance = F**2 * np.cumsum(lost) - 2 * F * np.cumsum(lost * F) + np.cumsum(lost * F**2) + np.cumsum(own) - 2 * F * np.cumsum(both) + np.cumsum(2 * F * both)
-    known = n - d1 + np.append(0, np.cumsum(d - d1)[:-1])  # at risk after the day, or gone by the other event: free of this one
     at = times if at is None else np.atleast_1d(np.asarray(at, dtype=float))
     if not (at >= 0).all(): raise ValueError("at: expected days of 0 or more")
-    if (at > times[-1]).any() and survival[-1] > 0: raise ValueError(f"at: {at.max():g} days is beyond the last follow-up ({times[-1]:g} days), where the incidence is not known")
+    if (at > times[-1]).any() and survival[-1] > 0: raise ValueError(f"at: {at.max():g} days is beyond the last follow-up, where the incidence is not known; use earlier times")
     k = np.searchsorted(times, at, side="right")
-    risk, error, free = np.append(0, F)[k], np.append(0, np.sqrt(np.maximum(variance, 0)))[k], np.append(len(durations), known)[k]
-    low, high = _interval(risk, error, free, level)
+    risk, error = np.append(0, F)[k], np.append(0, np.sqrt(np.maximum(variance, 0)))[k]
+    known = len(durations) - np.searchsorted(np.sort(durations[event_types == 0]), at)  # not censored before
+    low, high = _interval(risk, error, known, level)
     return pd.DataFrame({"risk": risk, "se": error, "low": low, "high": high}, index=pd.Index(at, name="time"))
 
 # %% ../nbs/10d_competing_risks.ipynb #48ff6ed5
@@ -109,12 +109,13 @@ def cause_specific_uno(
     if later[0] + competing[0] == 0: raise ValueError(f"durations: no pair of patients is comparable before tau = {tau:g}")
     return float((later[1] + competing[1]) / (later[0] + competing[0]))
 
-# %% ../nbs/10d_competing_risks.ipynb #66bd0e21
+# %% ../nbs/10d_competing_risks.ipynb #a213fe17
 def _competing_weights(durations, event_types, horizons, train_durations, train_event_types):
-    "Checked arrays, horizons (H,), Graf's weights (n, H), and who has the event of interest by each horizon, (n, H)."
+    "Checked horizons (H,), Graf's weights (n, H), and who has the event of interest, and any event, by each horizon, both (n, H)."
     (durations, event_types), (train_durations, train_event_types) = check_competing(durations, event_types, need_event=False), check_competing(train_durations, train_event_types, need_event=False)
     weights, horizons = censoring_weights(durations, event_types > 0, horizons, train_durations, train_event_types > 0), np.atleast_1d(np.asarray(horizons, dtype=float))
-    return durations, event_types, horizons, weights, (event_types == 1)[:, None] & (durations[:, None] <= horizons)
+    by = durations[:, None] <= horizons
+    return horizons, weights, (event_types == 1)[:, None] & by, (event_types > 0)[:, None] & by
 
 
 def cause_specific_auc(
@@ -127,12 +128,12 @@ def cause_specific_auc(
     controls: str = "not case", # "not case": followed beyond the horizon, or a competing event before; "event free": only the former
 ) -> np.ndarray: # (H,)
     "AUC at each horizon with competing risks (Blanche et al. 2013). Raises `ValueError` as `cumulative_dynamic_auc`."
-    durations, event_types, horizons, weights, cases = _competing_weights(durations, event_types, horizons, train_durations, train_event_types)
+    horizons, weights, cases, gone = _competing_weights(durations, event_types, horizons, train_durations, train_event_types)
     if controls not in ("not case", "event free"): raise ValueError(f"controls: expected 'not case' or 'event free', got {controls!r}")
-    risks, scores = check_risks(risks, len(durations), len(horizons)), np.empty(len(horizons))
+    risks, scores = check_risks(risks, *cases.shape), np.empty(len(horizons))
     for k, h in enumerate(horizons):
         if not cases[:, k].any(): raise ValueError(f"horizons: no event of interest is observed by {h:g} days, so the area under the curve is undefined there; use later horizons")
-        scores[k] = weighted_auc(risks[:, k], weights[:, k] * cases[:, k], weights[:, k] * (~cases[:, k] if controls == "not case" else durations > h))
+        scores[k] = weighted_auc(risks[:, k], weights[:, k] * cases[:, k], weights[:, k] * ~(cases if controls == "not case" else gone)[:, k])
     return scores
 
 
@@ -145,8 +146,8 @@ def cause_specific_brier(
     train_event_types, # (m,) int
 ) -> np.ndarray: # (H,), 0 is perfect
     "Brier score at each horizon with competing risks (Schoop et al. 2011). Raises `ValueError` as `brier_score`."
-    durations, event_types, horizons, weights, cases = _competing_weights(durations, event_types, horizons, train_durations, train_event_types)
-    return (weights * (cases - check_risks(risks, len(durations), len(horizons), probability=True)) ** 2).mean(0)
+    horizons, weights, cases, _ = _competing_weights(durations, event_types, horizons, train_durations, train_event_types)
+    return (weights * (cases - check_risks(risks, *cases.shape, probability=True)) ** 2).mean(0)
 
 
 def cause_specific_integrated_brier(

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from SurvivalEVAL import d_calibration as reference_d_calibration
 from SurvivalEVAL import integrated_calibration_index as reference_index
 
-from ehr_sequencing.calibration import calibration_curve, calibration_groups, calibration_slope, d_calibration, integrated_calibration_index, survival_at
+from ehr_sequencing.calibration import _cox_influence, _fit_cox, _RiskSets, calibration_curve, calibration_groups, calibration_slope, d_calibration, integrated_calibration_index, survival_at
 
 relaxed = settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much], derandomize=True)
 RISK = st.one_of(st.floats(0.01, 0.99), st.sampled_from([0.05, 0.2, 0.5, 0.9]))
@@ -52,6 +52,7 @@ def test_groups_are_kaplan_meier(patients, horizon, n_groups):
         assert "nobody is followed to" in str(error)
         return
     assert table["n"].sum() == len(durations) and np.isfinite(table.to_numpy()).all() and ((table.low <= table.observed + 1e-12) & (table.observed <= table.high + 1e-12)).all()
+    assert (table.high[table.observed < 1] > table.observed[table.observed < 1]).all() and (table.low[table.observed > 1e-9] < table.observed[table.observed > 1e-9]).all()
     if len(table) > 1: return
     km = KaplanMeierFitter().fit(durations, events)
     assert abs(table.observed.iloc[0] - 1 + km.predict(horizon)) < 1e-10
@@ -141,7 +142,7 @@ def test_d_calibration_is_that_of_the_reference(patients, n_bins, n_horizons):
     for a, b in zip((ours["statistic"], ours["p_value"], ours["histogram"]), theirs): assert np.allclose(a, b, rtol=0, atol=1e-8)
 
 
-@relaxed
+@settings(relaxed, max_examples=100)
 @given(PATIENTS, st.sampled_from([2.0, 5.0]), st.randoms(use_true_random=False), st.sampled_from([0.1, 30.0]))
 def test_order_unit_and_what_comes_later_do_not_matter(patients, horizon, random, unit):
     durations, events, risks = arrays(patients)
@@ -196,3 +197,30 @@ def test_a_wrong_model_is_found_out(method):
     assert table.low["slope"] < 0.5 < table.high["slope"] < 0.6
     assert integrated_calibration_index(durations, events, truth, 0.5, method=method)["ici"] < 0.01
     assert abs(integrated_calibration_index(durations, events, doubled, 0.5, knots=5, method=method)["ici"] - np.abs(doubled - truth).mean()) < 0.01
+
+
+@pytest.mark.parametrize("method", ["logistic", "cox"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_bands_are_as_wide_as_those_of_a_bootstrap(method, tied):
+    generator, at = np.random.default_rng(2), [0.1, 0.3, 0.6]
+    x = generator.normal(size=600)
+    event, censored = generator.exponential(np.exp(-x)), generator.uniform(0, 2, 600)
+    durations, events, risks = np.minimum(event, censored), event <= censored, -np.expm1(-0.5 * np.exp(x))
+    if tied: durations = np.ceil(durations * 4) / 4  # two days of events up to the horizon
+    def log_hazard(i): return np.log(-np.log1p(-calibration_curve(durations[i], events[i], risks[i], 0.5, at, method=method).observed.to_numpy()))
+    spread = np.std([log_hazard(generator.integers(0, 600, 600)) for _ in range(300)], axis=0)
+    curve = calibration_curve(durations, events, risks, 0.5, at, method=method)
+    width = (np.log(-np.log1p(-curve.high)) - np.log(-np.log1p(-curve.low))) / (2 * 1.959963984540054)
+    assert np.allclose(width / spread, 1, atol=0.15), width / spread
+
+
+@pytest.mark.parametrize("competing", [False, True])
+def test_influences_add_up_to_nothing(competing):
+    "At the maximum the score is 0, patient by patient added up: Efron's rule for ties and the weights of the competing on both sides of the sum."
+    generator = np.random.default_rng(3)
+    x, durations = generator.normal(size=(200, 2)), generator.integers(1, 5, 200).astype(float)
+    types = generator.choice(3 if competing else 2, 200)
+    sets = _RiskSets(x, durations, types)
+    beta, *fit = _fit_cox(sets)
+    _, influence = _cox_influence(sets, beta, *fit, 3.0)
+    assert np.abs(influence.sum(0)).max() < 1e-8 < np.abs(influence).max()

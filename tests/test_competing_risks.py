@@ -28,9 +28,9 @@ def arrays(rows): return tuple(np.array(column) * 1.0 if k != 1 else np.array(co
 
 
 def censoring_survival(durations, types, at):
-    "G(at) by a loop; at one time, events leave before the censored."
+    "G(at) by a loop; at one time, events leave before the censored, and those censored on the last day leave just after it."
     G = 1.0
-    for u in np.unique(durations[durations <= at]):
+    for u in np.unique(durations[(durations <= at) & (durations < durations.max())]):
         staying = (durations >= u).sum() - ((durations == u) & (types > 0)).sum()
         if staying: G *= 1 - ((durations == u) & (types == 0)).sum() / staying
     return G
@@ -67,7 +67,7 @@ def test_incidence_without_ties_is_that_of_lifelines(rows):
 @given(PATIENTS, TRAIN, st.sampled_from([2.0, 3.0, 5.0]))
 def test_concordance_is_that_of_a_loop_over_pairs(rows, train, tau):
     (t, k, r), (train_t, train_k) = arrays(rows), arrays(train)
-    G = {u: censoring_survival(train_t, train_k, u) for u in np.unique(t)}
+    G = {u: censoring_survival(train_t, train_k, u) for u in np.unique(t)}  # before tau, hence before the last day
     sums = np.zeros((2, 2))  # plain and weighted; all and concordant
     for i in range(len(t)):
         for j in range(len(t)):
@@ -84,19 +84,21 @@ def test_concordance_is_that_of_a_loop_over_pairs(rows, train, tau):
 
 
 @relaxed
-@given(PATIENTS, TRAIN, st.sampled_from([2.0, 3.5, 5.0]))
-def test_auc_and_brier_are_those_of_loops(rows, train, horizon):
+@given(PATIENTS, TRAIN, st.sampled_from([2.0, 3.5, 5.0]), st.booleans())
+def test_auc_and_brier_are_those_of_loops(rows, train, horizon, cut):
     (t, k, r), (train_t, train_k) = arrays(rows), arrays(train)
+    if cut: t, k = np.minimum(t, horizon), np.where(t > horizon, 0, k)
     at_horizon = censoring_survival(train_t, train_k, horizon)
-    possible = horizon < t.max() and horizon <= train_t.max() and at_horizon > 0
+    stays = (t > horizon) | ((t == horizon) & (horizon == t.max()) & (k == 0))  # follow-up cut at the horizon
+    possible = stays.any() and horizon <= train_t.max()
     calls = (lambda: cause_specific_auc(t, k, r, horizon, train_t, train_k)[0], lambda: cause_specific_auc(t, k, r, horizon, train_t, train_k, "event free")[0], lambda: cause_specific_brier(t, k, r, horizon, train_t, train_k)[0])
     case = (k == 1) & (t <= horizon)
     if not possible or not case.any():
         for call in calls[:2] if possible else calls:
             with pytest.raises(ValueError): call()
         return
-    w = np.array([1 / at_horizon if u > horizon else (kind > 0) / max(censoring_survival(train_t, train_k, u), 1e-300) for u, kind in zip(t, k)])
-    for call, control in zip(calls, (~case, t > horizon)):
+    w = np.array([1 / at_horizon if stay else (kind > 0) / censoring_survival(train_t, train_k, u) for u, kind, stay in zip(t, k, stays)])
+    for call, control in zip(calls, (~case, stays)):
         pairs = [(w[i] * w[j], (r[i] > r[j]) + 0.5 * (r[i] == r[j])) for i in np.flatnonzero(case) for j in np.flatnonzero(control)]
         assert abs(call() - sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)) < 1e-10
     assert abs(calls[2]() - sum(a * (c - f) ** 2 for a, c, f in zip(w, case, r)) / len(t)) < 1e-10
@@ -119,9 +121,10 @@ def test_references_agree_where_censoring_never_ties_with_events(rows, train, ho
 
 
 @relaxed
-@given(PATIENTS, TRAIN, st.sampled_from([2.0, 3.5, 5.0]))
-def test_without_competing_events_all_is_ordinary(rows, train, horizon):
+@given(PATIENTS, TRAIN, st.sampled_from([2.0, 3.5, 5.0]), st.booleans())
+def test_without_competing_events_all_is_ordinary(rows, train, horizon, cut):
     (t, k, r), (train_t, train_k) = arrays(rows), arrays(train)
+    if cut: t, k = np.minimum(t, horizon), np.where(t > horizon, 0, k)
     e, train_e = k > 0, train_k > 0
     both = np.stack([r / 2, r], axis=1)
     pairs = [(lambda: cause_specific_concordance(t, e, r), lambda: concordance_index(t, e, r)), (lambda: cause_specific_uno(t, e, r, train_t, train_e, horizon), lambda: uno_concordance(t, e, r, train_t, train_e, horizon)),

@@ -20,7 +20,7 @@ from lifelines import CoxPHFitter
 
 from ehr_sequencing.bootstrap import bootstrap
 from ehr_sequencing.calibration import integrated_calibration_index, plot_calibration
-from ehr_sequencing.competing_risks import aalen_johansen, competing_calibration_index
+from ehr_sequencing.competing_risks import aalen_johansen
 from ehr_sequencing.evaluation import evaluate_survival
 from ehr_sequencing.events import EventTable
 from ehr_sequencing.landmarks import Landmarks, at_elapsed, last_values
@@ -249,7 +249,6 @@ def score(
     folds: np.ndarray, # (N,) fold of each patient
     year: int, # of the landmark
     n_resamples: int = 1000, # bootstrap draws of patients; 0 for no intervals
-    ici_resamples: int = 0, # the same for the ICI, which takes longer
 ) -> pd.DataFrame: # as `evaluate_survival`, with each model's difference from the values at entry, and with `WITHIN`
     "Evaluate the risks of all folds together. Censoring, and the risk that is the same for all, are learned from everybody at risk at the landmark."
     marks, risks = cohort.marks[year], crossed_risks(cohort, folds, year)
@@ -259,11 +258,6 @@ def score(
     undefined = [row for row in frame.attrs["omitted"] if not (row["model"] == "no covariates" and row["metric"] in SPREAD)]
     frame = frame[~((frame.model == "no covariates") & frame.metric.isin(SPREAD))]
     frame = pd.concat([frame.astype({"horizon": float, "low": float, "high": float}), within_folds(marks, folds[marks.rows], spread, n_resamples)], ignore_index=True)
-    if ici_resamples:
-        def ici(rows): return {f"{name} {h}": (competing_calibration_index(marks.durations[rows], marks.event_types[rows], r[rows, k], h) if cohort.competing else
-                                               integrated_calibration_index(marks.durations[rows], marks.events[rows], r[rows, k], h))["ici"] for name, r in spread.items() for k, h in enumerate(HORIZONS)}
-        boot, of_ici = bootstrap(ici, len(marks), n_resamples=ici_resamples), frame.metric == "ici"
-        frame.loc[of_ici, ["low", "high"]] = [boot.interval(f"{row.model} {row.horizon}") for row in frame[of_ici].itertuples()]
     frame.attrs = {"undefined": undefined}
     return frame
 
@@ -279,15 +273,15 @@ def pooling(
     r, null = risks["last values"][:, -1], risks["no covariates"][:, -1]
     everybody = (marks.durations, marks.event_types > 0) * 2
     at_horizon, own = censoring_weights(*everybody[:2], h, *everybody[2:])[:, 0], own_weights(marks, fold, h)
-    (c, _, auc), (_, own_uno, own_auc) = pair_weights(marks, event_weights(*everybody, h), at_horizon, h), pair_weights(marks, *own, h)
+    (c, _, auc), (_, _, own_auc) = pair_weights(marks, event_weights(*everybody, h), at_horizon, h), pair_weights(marks, *own, h)
     same, case = fold[:, None] == fold, (marks.event_types == 1) & (marks.durations <= h)
     def of_folds(pairs):
         each = [(pairs[fold == k][:, fold == k], r[fold == k]) for k in range(N_FOLDS)]
         undefined = sum(not p.any() for p, _ in each)
         return f"undefined: {undefined} folds without a pair" if undefined else float(np.mean([share(*e) for e in each]))
-    return {"C": share(c, r), "C within": share(c * same, r), "C of folds": of_folds(c), "AUC": share(auc, r), "AUC within": share(auc * same, r), "AUC of folds": of_folds(auc),
-            "AUC, own weights": share(own_auc, r), "Brier": float(np.mean(at_horizon * (case - r) ** 2)), "Brier, own weights": float(np.mean(own[1] * (case - r) ** 2)),
-            "AUC null": share(auc, null), "AUC null within": share(auc * same, null)}
+    return {"C": share(c, r), "C within": share(c * same, r), "C of folds": of_folds(c), "AUC": share(auc, r), "AUC, own weights": share(own_auc, r), "AUC within": share(own_auc * same, r), "AUC of folds": of_folds(own_auc),
+            "Brier": float(np.mean(at_horizon * (case - r) ** 2)), "Brier, own weights": float(np.mean(own[1] * (case - r) ** 2)),
+            "AUC null": share(auc, null), "AUC null within": share(own_auc * same, null)}
 
 
 def other_folds(
@@ -403,7 +397,7 @@ def pooling_table(
 ) -> str:
     "Pooled against folds, as Markdown."
     keys = {"C": "C, all pairs", "C within": "C, pairs within folds", "C of folds": "C, mean of folds", "AUC": "AUC, all pairs", "AUC within": "AUC, pairs within folds", "AUC of folds": "AUC, mean of folds",
-            "AUC null": "AUC without covariates, all pairs", "AUC, own weights": "AUC, censoring from training folds", "Brier": "Brier score", "Brier, own weights": "Brier score, censoring from training folds"}
+            "AUC null": "AUC without covariates, all pairs", "AUC, own weights": "AUC, all pairs, censoring from training folds", "Brier": "Brier score", "Brier, own weights": "Brier score, censoring from training folds"}
     shown = lambda x: x if isinstance(x, str) else f"{x:.3f}"
     columns = [values for years in checks.values() for values in years.values()]
     return _rows(["", *(f"{name}, year {year}" for name, years in checks.items() for year in years)], [[label, *(shown(values[key]) for values in columns)] for key, label in keys.items()])
@@ -428,12 +422,16 @@ def ici_table(
     frames: dict, # year -> from `score`
 ) -> str:
     "ICI beside what it would be if the risks were right, as Markdown."
-    rows = []
+    rows, beyond = [], []
     for year in LANDMARK_YEARS:
         risks, at = crossed_risks(cohort, folds, year, MODELS[:-1]), frames[year].set_index(["model", "metric", "horizon"])
         for k, (horizon, years) in enumerate(zip(HORIZONS, HORIZON_YEARS)):
-            for model, r in risks.items(): rows.append([year, years, model, f"{at.loc[(model, 'ici', horizon), 'value']:.3f}", *(f"{x:.3f}" for x in calibrated_ici(cohort.marks[year], r, k))])
-    return _rows(["landmark, year", "within, years", "model", "ICI", "median if calibrated", "95 % quantile if calibrated"], rows)
+            for model, r in risks.items():
+                index, (median, top) = at.loc[(model, "ici", horizon), "value"], calibrated_ici(cohort.marks[year], r, k)
+                rows.append([year, years, model, f"{index:.3f}", f"{median:.3f}", f"{top:.3f}"])
+                if index > top: beyond.append(f"{model} (year {year}, within {years})")
+    table = _rows(["landmark, year", "within, years", "model", "ICI", "median if calibrated", "95 % quantile if calibrated"], rows)
+    return f"{table}\n\nBeyond the 95 % quantile: {', '.join(beyond) or 'none'}. Of {len(rows)}, one or so would be by chance."
 
 
 def figure(
@@ -471,13 +469,13 @@ def incidence_table(
     for year in LANDMARK_YEARS:
         net, real = (crossed_risks(c, folds, year, ("last values",))["last values"][:, -1].mean() for c in cohorts.values())
         of = [aalen_johansen(c.marks[year].durations, c.marks[year].event_types, at=HORIZONS[-1:]).risk.iloc[0] for c in (censors, competes)]
-        rows.append([year, *(f"{x:.3f}" for x in (net, of[0], real, of[1], of[1] / net))])
-    return _rows(["landmark, year", "mean predicted, transplant censors", "1 - Kaplan-Meier", "mean predicted, transplant competes", "Aalen-Johansen", "observed over expected if the first is taken for the second"], rows)
+        rows.append([year, *(f"{x:.3f}" for x in (net, of[0], real, of[1]))])
+    return _rows(["landmark, year", "mean predicted, transplant censors", "1 - Kaplan-Meier", "mean predicted, transplant competes", "Aalen-Johansen"], rows)
 
 
 PAGE = """# PBC2: what a Cox model on the last biomarkers reaches
 
-Written by `benchmarks/pbc2_landmarks.py`, {seconds:.0f} s on one core. Data: 312 patients of the Mayo Clinic's trial in primary biliary cirrhosis with 1,945 visits (Murtaugh et al. 1994, [doi:10.1002/hep.1840200120](https://doi.org/10.1002/hep.1840200120)).
+Written by `benchmarks/pbc2_landmarks.py` in {seconds:.0f} s on one core. Data: 312 patients of the Mayo Clinic's trial in primary biliary cirrhosis with 1,945 visits (Murtaugh et al. 1994, [doi:10.1002/hep.1840200120](https://doi.org/10.1002/hep.1840200120)).
 
 ## The question
 
@@ -486,7 +484,7 @@ A patient is alive with the own liver 3, 5 or 7 years after entry. How likely is
 - *transplant censors*: the patient leaves observation. The risk is that of death if nobody were transplanted, and it presumes that the transplanted would have died as often as others with their covariates.
 - *transplant competes*: the risk is that of dying before a transplant, as it happens.
 
-Horizons of 2 and 3 years: within one year of the landmarks only {one_year} patients die, too few to measure calibration; after 3 years, {lost7} of the {n7} at risk at year 7 have been lost to follow-up, and beyond that most would be.
+Why 2 and 3 years: within one year of the landmarks only {one_year} patients die, too few to measure calibration; and by 3 years {left7} of the {n7} at risk at year 7 have left follow-up alive.
 
 | model | covariates | learned from |
 | --- | --- | --- |
@@ -508,7 +506,7 @@ Death within 3 years, with 95 % intervals.
 
 {bar}
 
-A network that learns from all visits of its training patients should be held against the stacked model, which does so too; the first row of each pair is the model that was asked for. Use the same folds (`fold_patients(labels, 5, seed=0)`) and compare on the same bootstrap draws: intervals this wide say nothing about differences.
+A network that learns from all visits of its training patients should be held against the stacked model, which does so too; the first row of each pair is the model that was asked for. Use the same folds (`fold_patients(labels, 5, seed=0)`), and give the network's out-of-fold risks to `evaluate_survival` and `within_folds` together with those of `crossed_risks`, so that both are scored on the same draws: intervals this wide, laid side by side, say nothing about a difference.
 
 ## All results
 
@@ -534,7 +532,7 @@ Ranking is not defined without covariates: everybody in a fold has the same risk
 
 Slope and ICI are not defined without covariates, as the risk does not vary within a fold. {undefined}
 
-An ICI is never 0 in a sample, and its interval never contains 0. So here it is (transplant censors) beside its distribution in 300 sets of outcomes simulated from the risks themselves, with the censoring of the data:
+The ICI has no interval. It is a distance and comes out above 0 for perfect risks too; a bootstrap adds the same bias once more, and its intervals miss a small true distance far too often. So here it is (transplant censors) beside its distribution in 300 sets of outcomes simulated from the risks themselves, with the censoring of the data:
 
 {ici}
 
@@ -550,20 +548,22 @@ Differences from the values at entry, same patients and same draws, within 3 yea
 
 ## What it means
 
-- At years 3 and 5 the last values rank well: an AUC within folds of {a3} and {a5}, and a Brier score {i3} and {i5} below that of the risk that is the same for all (transplant censors). Of the calibration slopes of the model asked for, that of year 5 is low ({s5}), which the stacked model mends ({t5}).
-- At year 7 they do not: IPA {i7}, slope {s7}. Five coefficients are learned from about 18 deaths, and the measurements are old: for a quarter of the patients the last is more than {old:,} days back. No model is better than the risk that is the same for all beyond its interval, stacked or not. A network should not be praised or blamed for what it does there.
-- What was measured since entry counts most at year 5 (AUC {g5}). At year 3 the values at entry still do well and the gain is small ({g3}); at year 7 ({g7}) nothing is told apart.
-- Bilirubin alone comes close at year 3, and gives away {b5} of AUC at year 5.
-- The stacked model is at least as good as the one asked for in every row of the table of numbers to beat, with the same five covariates. What it gains is a matter of how many patients the coefficients are learned from, not of what is known about a patient.
-- With transplants competing, ranking is a little worse, because patients who get a transplant are ill and, as things are counted, do not die. The risks are lower, as they should be:
+Numbers are those of death within 3 years, transplant censors.
+
+- At years 3 and 5 the last values rank well, with an AUC within folds of {a3} and {a5}, and their Brier scores are {i3} and {i5} below that of the risk that is the same for all. The calibration slope at year 5 is low ({s5}); the stacked model's is {t5}.
+- At year 7 they do not: IPA {i7}; slope {s7}. Five coefficients are learned from about 18 deaths, and the measurements are old: for a quarter of the patients the last is more than {old:,} days back. No model's IPA is above 0 beyond its interval. The stacked model ranks somewhat better there, but its risks are too extreme as well (slope {t7}) and on the whole too low (observed over expected {o7}). A network should be neither praised nor blamed for its score at year 7.
+- What was measured since entry counts most at year 5 (AUC {g5}). At year 3 the values at entry still do well and the gain is not told from none ({g3}); nor is it at year 7 ({g7}).
+- Bilirubin alone gives away {b3} of AUC at year 3 and {b5} at year 5.
+- The stacked model is ahead of the one asked for in every row of the table of numbers to beat, with the same five covariates. What it gains comes from learning the coefficients from more deaths, not from knowing more about a patient.
+- With transplants competing, ranking is a little worse: those who get a transplant are ill, and here they count as not dying. The risks are lower, as they should be. Averages over the patients at risk, last values:
 
 {incidence}
 
-**Beside published numbers.** The [vignette on dynamic predictions of JMbayes2](https://drizopoulos.github.io/JMbayes2/articles/Dynamic_Predictions.html) asks for death *or* transplant from year 5 within 3 years, of the patients to whom the models were fitted: 202 at risk, 40 events, 58 censored before; a joint model of bilirubin, prothrombin time and ascites has AUC 0.83 and Brier score 0.124, a Cox model of values at entry AUC 0.67. Here too 202 are at risk, {c_events} have either event and {c_lost} are lost before. Asked the same question, out of fold, the last values reach AUC {c_auc} and Brier score {c_brier}, the values at entry AUC {c_entry}.
+**Beside published numbers.** The [vignette on dynamic predictions of JMbayes2](https://drizopoulos.github.io/JMbayes2/articles/Dynamic_Predictions.html) asks for death *or* transplant within 3 years of year 5, of the patients to whom its models were fitted: 202 at risk, 40 events, 58 censored before; a joint model of bilirubin, prothrombin time and ascites has AUC 0.83 and Brier score 0.124, a Cox model of values at entry AUC 0.67. Here too 202 are at risk, {c_events} have either event and {c_lost} leave before. Asked the same question, out of fold, the last values reach AUC {c_auc} and Brier score {c_brier}, the values at entry AUC {c_entry}.
 
 ## Pooling
 
-Five models, one for each fold, rank the patients of their own fold; whether their risks may be compared *across* folds is another matter. If a fold holds many deaths, the other four hold few, and all risks in it are a little lower. So the all-pairs AUC of the model that knows nothing is well below one half (below): pooling all pairs is unfair to everybody, and most to weak models and small landmarks. Hence the numbers to beat are those within folds: all comparable pairs of the same fold together. The mean of the five folds' values is close, but gives a fold with two deaths as much say as one with nine. Brier score and calibration are about each patient's risk and not about pairs; they are pooled.
+Five models, one for each fold, rank the patients of their own fold; whether their risks may be compared *across* folds is another matter. If a fold holds many deaths, the other four hold few, and all risks in it are a little lower. This biases the AUC of all pairs downwards ([Parker et al. 2007](https://doi.org/10.1186/1471-2105-8-326)): for the model that knows nothing it is well below one half (below). It costs weak models and small landmarks most, so that the bar would be too low just where it is easiest to pass. Hence the numbers to beat are those within folds: all comparable pairs of the same fold together. The mean of the five folds' values is close, but gives a fold with two deaths as much say as one with seven. Brier score and calibration are about each patient's risk and not about pairs; they are pooled.
 
 Death within 3 years, last values:
 
@@ -571,33 +571,32 @@ Death within 3 years, last values:
 
 **Weights for censoring.** Within folds they are learned from the other four folds. In the pooled metrics (one call of `evaluate_survival`) they are learned from everybody at risk at the landmark, and so is the risk that is the same for all; the table shows that it changes the third decimal at most. Calibration has its weights from the patients evaluated, as its chapter explains.
 
-**Intervals.** BCa, from 1,000 draws of patients, each keeping the risk and the fold; closed-form (sandwich) for slope, intercept and observed over expected. They say how far the numbers would move with other patients to *evaluate*, the fitted models being what they are. They leave out the variation of fitting, and of dealing out the folds. Of the latter here is a picture: mean and range over ten other draws of the folds (seeds 0 to 9), within 3 years.
+**Intervals.** BCa, from 1,000 draws of patients, each keeping the risk and the fold; closed-form (sandwich) for slope, intercept and observed over expected. They say how far the numbers would move with other patients to *evaluate*, the fitted models being what they are. They leave out the variation of fitting, and of dealing out the folds. Of the latter here is a picture: mean and range over ten draws of the folds (seeds 0 to 9, of which 0 is used above), within 3 years.
 
 {spread}
 
-The range over folds is a fraction of the width of the intervals, but for the last values' Brier score it reaches {worst} at year 5: one unlucky fit is enough.
+The ranges are narrower than the intervals. Still, the slope of the last values at year 5 moves widely, and in one draw their Brier score is {worst}: one unlucky fit is enough.
 
 ## What falls short
 
-- 22 to 39 deaths. An interval of AUC is 0.16 to 0.29 wide; differences below about 0.1 between two models will rarely show.
+- 22 to 39 deaths. The interval of the AUC within folds of the last values is {narrow} to {wide} wide, and that of its difference from the values at entry {narrow_difference} to {wide_difference}.
 - The three landmarks share patients and deaths. They are not three independent tests.
-- The measurements of these patients end years before their follow-up does, so "last values" are old ones at year 7.
-- Losing touch is taken to have nothing to do with the risk of dying, given nothing. Transplants, taken as censoring, surely have to do with it.
+- For many patients measurements end long before follow-up does, so that the "last values" at year 7 are old ones.
+- Leaving follow-up is taken to have nothing to do with the risk. Where transplants censor, that is surely wrong.
 - Folds are balanced for death at any time, not for deaths after a landmark: at year 7 they hold {fold_deaths} deaths within 3 years.
-- Many comparisons, no correction of p-values. The numbers to beat were chosen before fitting: Uno's C, AUC and Brier score within 3 years. That they are taken within folds was decided on seeing the AUC of no covariates.
+- Many comparisons, and no correction of p-values. That pairs within folds set the bar was decided after seeing the AUC of no covariates.
 """
 
 
 def study(
     data, # pbc2.csv.gz
     n_resamples: int = 1000, # draws for intervals
-    ici_resamples: int = 0, # draws for the interval of the ICI
 ) -> tuple: # treatment -> Cohort; folds; treatment -> year -> from `score`
     "Read, fit and score. The folds are the same in both analyses, because the deaths are."
     cohorts = {name: prepare(data, outcome) for name, outcome in OUTCOMES.items()}
     folds = [fold_patients(c.labels, N_FOLDS, seed=0) for c in cohorts.values()]
     if not (folds[0] == folds[1]).all(): raise ValueError("folds: expected the same in both analyses")
-    return cohorts, folds[0], {name: {year: score(c, folds[0], year, n_resamples, ici_resamples) for year in LANDMARK_YEARS} for name, c in cohorts.items()}
+    return cohorts, folds[0], {name: {year: score(c, folds[0], year, n_resamples) for year in LANDMARK_YEARS} for name, c in cohorts.items()}
 
 
 RANKING_HEADINGS = {"harrell_c": "Harrell's C, all pairs", "uno_c": "Uno's C, all pairs", "auc": "AUC, all pairs"} | dict(zip(WITHIN, ("Harrell's C within folds", "Uno's C within folds", "AUC within folds")))
@@ -617,20 +616,24 @@ def composite(data) -> dict: # what -> text
 def sentences(cohorts, folds, results, spreads) -> dict: # what -> text
     "The numbers that the page's sentences mention."
     name, last = "transplant censors", HORIZONS[-1]
-    at = {year: frame.set_index(["model", "metric", "horizon"]) for year, frame in results[name].items()}
-    value = lambda year, model, metric: _number(*at[year].loc[(model, metric, last), ["value", "low", "high"]])
-    gain = lambda year: _number(*at[year].loc[("last values", WITHIN[-1], last), ["difference", "difference_low", "difference_high"]], signed=True)
-    marks = cohorts[name].marks
-    auc = lambda model: at[5].loc[(model, WITHIN[-1], last), "value"]
+    at, marks = {year: frame.set_index(["model", "metric", "horizon"]) for year, frame in results[name].items()}, cohorts[name].marks
+    def told(year, model, metric, columns=("value", "low", "high"), form="{:.2f}"):
+        return "{}, {} to {}".format(*(form.format(x) for x in at[year].loc[(model, metric, last), list(columns)]))
+    gain = lambda year: told(year, "last values", WITHIN[-1], ("difference", "difference_low", "difference_high"), "{:+.2f}")
+    number = lambda year, model, metric: at[year].loc[(model, metric, last), "value"]
+    widths = {column: [(lambda r: r[f"{column}high"] - r[f"{column}low"])(f.set_index(["model", "metric", "horizon"]).loc[("last values", WITHIN[-1], last)]) for frames in results.values() for f in frames.values()]
+              for column in ("", "difference_")}
     undefined = [f"{n}, year {y}, {row['model']}, {row['metric']}: {row['reason']}" for n, frames in results.items() for y, frame in frames.items() for row in frame.attrs["undefined"]]
-    deaths = np.bincount(folds[marks[7].rows][marks[7].events], minlength=N_FOLDS)
-    return {"one_year": ", ".join(str(int((marks[y].events & (marks[y].durations <= YEAR)).sum())) for y in LANDMARK_YEARS[:-1]) + f" and {int((marks[7].events & (marks[7].durations <= YEAR)).sum())}",
-            "lost7": int((~marks[7].events & (marks[7].durations < last)).sum()), "n7": len(marks[7]), "undefined": "Not defined: " + "; ".join(undefined) + "." if undefined else "Nothing else is undefined.",
-            "a3": f"{at[3].loc[('last values', WITHIN[-1], last), 'value']:.2f}", "a5": f"{auc('last values'):.2f}", "i3": f"{at[3].loc[('last values', 'scaled_brier', last), 'value']:.0%}",
-            "i5": f"{at[5].loc[('last values', 'scaled_brier', last), 'value']:.0%}", "s5": value(5, "last values", "calibration_slope"), "t5": value(5, "last values, stacked", "calibration_slope"),
-            "i7": value(7, "last values", "scaled_brier"), "s7": value(7, "last values", "calibration_slope"), "old": round(cohorts[name].ages[7]["LAB//serBilir"].quantile(0.75)),
-            "g3": gain(3), "g5": gain(5), "g7": gain(7), "b5": f"{auc('last values') - auc('bilirubin alone'):.2f}", "worst": f"{spreads[name][5].xs('last values', level='model').brier.max():.3f}",
-            "fold_deaths": ", ".join(map(str, deaths[:-1])) + f" and {deaths[-1]}"}
+    listed = lambda numbers: ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
+    return {"one_year": listed([int((marks[y].events & (marks[y].durations <= YEAR)).sum()) for y in LANDMARK_YEARS]), "n7": len(marks[7]),
+            "left7": int((~marks[7].events & (marks[7].durations < last)).sum()), "undefined": "Not defined: " + "; ".join(undefined) + "." if undefined else "Nothing else is undefined.",
+            "a3": f"{number(3, 'last values', WITHIN[-1]):.2f}", "a5": f"{number(5, 'last values', WITHIN[-1]):.2f}", "i3": f"{100 * number(3, 'last values', 'scaled_brier'):.0f} %",
+            "i5": f"{100 * number(5, 'last values', 'scaled_brier'):.0f} %", "s5": told(5, "last values", "calibration_slope"), "t5": told(5, "last values, stacked", "calibration_slope"),
+            "i7": told(7, "last values", "scaled_brier"), "s7": told(7, "last values", "calibration_slope"), "t7": told(7, "last values, stacked", "calibration_slope"),
+            "o7": told(7, "last values, stacked", "observed_expected"), "old": round(cohorts[name].ages[7]["LAB//serBilir"].quantile(0.75)), "g3": gain(3), "g5": gain(5), "g7": gain(7),
+            "b3": f"{number(3, 'last values', WITHIN[-1]) - number(3, 'bilirubin alone', WITHIN[-1]):.2f}", "b5": f"{number(5, 'last values', WITHIN[-1]) - number(5, 'bilirubin alone', WITHIN[-1]):.2f}",
+            "worst": f"{spreads[name][5].xs('last values', level='model').brier.max():.3f}", "fold_deaths": listed(np.bincount(folds[marks[7].rows][marks[7].events], minlength=N_FOLDS).tolist()),
+            "narrow": f"{min(widths['']):.2f}", "wide": f"{max(widths['']):.2f}", "narrow_difference": f"{min(widths['difference_']):.2f}", "wide_difference": f"{max(widths['difference_']):.2f}"}
 
 
 @call_parse
@@ -642,7 +645,7 @@ def main(
     if not Path(data).exists(): raise SystemExit(f"{data}: not there. Give the place of pbc2.csv.gz with --data.")
     matplotlib.use("agg")
     began = time.perf_counter()
-    cohorts, folds, results = study(data, ici_resamples=1000)
+    cohorts, folds, results = study(data)
     censors, competes = cohorts.values()
     spreads = {name: {year: other_folds(c, year) for year in LANDMARK_YEARS} for name, c in cohorts.items()}
     figure(censors, folds, results["transplant censors"], Path(out).with_suffix(".png"))

@@ -15,7 +15,7 @@ from fastcore.script import call_parse
 
 from ehr_sequencing.baselines import CoxBaseline
 from ehr_sequencing.evaluation import evaluate_survival
-from ehr_sequencing.landmarks import at_visit, draw_landmarks
+from ehr_sequencing.landmarks import at_visit, draw_landmarks, spaced_landmarks
 from ehr_sequencing.oracle import expected_auc, expected_brier, expected_concordance, oracle_risk
 from ehr_sequencing.outcomes import Outcome, label_visits
 from ehr_sequencing.sequences import build_store
@@ -79,7 +79,7 @@ def oracle_table(world, risks, competing, n_resamples=200):
 def honest_models(train, networks, epochs=6):
     "Models fitted on other patients: name -> function of a world that gives risks (n, 3)."
     split = split_patients(train.labels, fractions=(0.8, 0.15, 0.05))
-    fit = draw_landmarks(train.labels, train.store, split["train"], per_patient=3)
+    fit = spaced_landmarks(train.labels, train.store, split["train"])
     stop = draw_landmarks(train.labels, train.store, split["validation"])
     models = {}
     for name, cox in {"age alone": CoxBaseline("counts", max_codes=0), "Cox on age and counts": CoxBaseline("counts")}.items():

@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['history_counts', 'landmark_ages', 'LandmarkFeatures', 'CoxBaseline']
 
-# %% ../nbs/14_baselines.ipynb #2b781396
-import warnings
-
+# %% ../nbs/14_baselines.ipynb #829df514
 import numpy as np
 import pandas as pd
 from lifelines import CoxPHFitter
@@ -89,7 +87,7 @@ class LandmarkFeatures:
         scaled = ((self._raw(store, landmarks) - self.mean) / np.where(self.varies, self.scale, 1))[:, self.varies]
         return pd.DataFrame(np.nan_to_num(scaled), columns=[f"x{i}" for i in range(scaled.shape[1])])
 
-# %% ../nbs/14_baselines.ipynb #489d4971
+# %% ../nbs/14_baselines.ipynb #778096aa
 def _cox_risk(model, features, horizon):
     "1 - S(horizon) of a fitted Cox model."
     return -np.expm1(-model.predict_cumulative_hazard(features, times=[horizon]).to_numpy()[0])
@@ -106,18 +104,15 @@ class CoxBaseline:
 
     def fit(self,
         store: SequenceStore, # of the patients
-        train: Landmarks, # to fit on; the landmarks of one patient share the weight of one
+        train: Landmarks, # to fit on, chosen without looking ahead, as `spaced_landmarks` does
         validation: Landmarks, # to choose the penalty on
     ): # -> self
         "Fit for each penalty, keep the one with the highest validation C. Raises `ValueError` if no fit converges."
         frame = self.features.fit(store, train).transform(store, train)
-        frame = frame.assign(duration=train.durations, event=train.events, weight=1 / np.bincount(train.rows)[train.rows])
+        frame = frame.assign(duration=train.durations, event=train.events)
         best, unseen = -np.inf, self.features.transform(store, validation)
         for penalty in self.penalties:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of weights that are no integers: they matter for standard errors, which are not used
-                    model = CoxPHFitter(penalizer=penalty).fit(frame, "duration", "event", weights_col="weight")
+            try: model = CoxPHFitter(penalizer=penalty).fit(frame, "duration", "event")
             except ConvergenceError: continue
             score = concordance_index(validation.durations, validation.events, _cox_risk(model, unseen, train.durations.max()))
             if score > best: best, self.model, self.penalty = score, model, penalty

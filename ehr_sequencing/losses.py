@@ -72,7 +72,7 @@ def mean_over_patients(
     sums = values.masked_fill(~mask, 0).sum(1)
     return (sums / counts.clamp(min=1))[counts > 0].mean()
 
-# %% ../nbs/09_losses.ipynb #42099448
+# %% ../nbs/09_losses.ipynb #41dba3e6
 def _at_risk(event_times, at_risk):
     "Which sequences count: those with a time of 0 or more, and where given also at risk."
     if event_times.ndim not in (1, 2): raise ValueError(f"event_times: expected shape (B,) or (B, V), got {tuple(event_times.shape)}")
@@ -87,11 +87,18 @@ def survival_nll(
     event_times: Tensor, # (B,) or (B, V) int64: step of the event or steps survived; -1 for never at risk
     event_indicators: Tensor, # the same shape, bool: event observed
     at_risk: Tensor | None = None, # the same shape, bool: which sequences count; all with a time of 0 or more if None
+    weights: Tensor | None = None, # the same shape, 0 or more: of each sequence, from what was known before it; None gives each patient the same
 ) -> Tensor: # scalar
-    "Negative log-likelihood, each patient with equal weight. Raises `NobodyAtRisk` if no sequence counts, `ValueError` as `discrete_time_nll`."
+    """Negative log-likelihood: the mean over patients of the weighted sum over a patient's sequences, or of their mean if no weights are given.
+
+    Raises `NobodyAtRisk` if no sequence counts, `ValueError` as `discrete_time_nll` and for weights of another shape."""
     counts = _at_risk(event_times, at_risk)
     nll = discrete_time_nll(logits, event_times.masked_fill(~counts, 0), event_indicators.bool() & counts)  # (B,) or (B, V)
-    return mean_over_patients(nll, counts)
+    if weights is None: return mean_over_patients(nll, counts)
+    if weights.shape != counts.shape: raise ValueError(f"weights: expected shape {tuple(counts.shape)} as event_times, got {tuple(weights.shape)}")
+    patients = counts.reshape(len(counts), -1).any(1).sum()
+    if not patients: raise NobodyAtRisk("at_risk: no visit of any patient counts; there is nothing to average")
+    return (nll * weights.to(nll.dtype)).masked_fill(~counts, 0).sum() / patients
 
 
 def horizon_loss(
@@ -99,22 +106,24 @@ def horizon_loss(
     horizon_bins: Tensor, # (B, V) int64: bin of the event, or bins survived
     horizon_events: Tensor, # (B, V) bool: the event fell in that bin
     at_risk: Tensor, # (B, V) bool: which visits may be asked about
+    weights: Tensor | None = None, # (B, V) 0 or more: of each visit, from what was known before it, as `visit_weights` gives them
 ) -> Tensor: # scalar
-    "Negative log-likelihood over future calendar bins with censoring, each patient with equal weight. Raises as `survival_nll`."
+    "Negative log-likelihood over future calendar bins with censoring. Without weights patients weigh equally and risks come out too high. Raises as `survival_nll`."
     if logits.ndim != 3: raise ValueError(f"logits: expected (B, V, K), hazards of K bins after each visit, got shape {tuple(logits.shape)}")
-    return survival_nll(logits, horizon_bins, horizon_events, at_risk)
+    return survival_nll(logits, horizon_bins, horizon_events, at_risk, weights)
 
 
 class DiscreteTimeSurvivalLoss(nn.Module):
-    "Negative log-likelihood of visit hazards, (B, V), or horizon hazards, (B, V, K), each patient with equal weight."
+    "Negative log-likelihood of visit hazards, (B, V), or horizon hazards, (B, V, K)."
     def forward(self,
         logits: Tensor, # (B, K) or (B, V, K) hazard logits
         event_times: Tensor, # (B,) or (B, V) int64
         event_indicators: Tensor, # the same shape, bool
         at_risk: Tensor | None = None, # the same shape, bool
+        weights: Tensor | None = None, # the same shape
     ) -> Tensor: # scalar
         "See `survival_nll`."
-        return survival_nll(logits, event_times, event_indicators, at_risk)
+        return survival_nll(logits, event_times, event_indicators, at_risk, weights)
 
 # %% ../nbs/09_losses.ipynb #069a2a62
 def _elementwise(loss, predictions, targets):

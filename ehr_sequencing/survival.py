@@ -43,13 +43,13 @@ def risk_within(
     before, after = log_survival[..., bins - 1], log_survival[..., bins]  # (..., H)
     return -torch.expm1(before + share * (after - before))
 
-# %% ../nbs/11_survival.ipynb #36208319
+# %% ../nbs/11_survival.ipynb #9bdf6da6
 def survival_loss(
     logits: Tensor, # (B, V) visit hazards or (B, V, K) horizon hazards, as logits
     batch: dict, # with the labels of `attach_labels`
 ) -> Tensor: # scalar
-    "Negative log-likelihood, each patient with equal weight. Raises `ValueError` if no patient of the batch is at risk."
-    if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"])
+    "Negative log-likelihood a patient; visits weigh by the time for which they stand. Raises `ValueError` if no patient of the batch is at risk."
+    if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
 # %% ../nbs/11_survival.ipynb #ebe9be1f

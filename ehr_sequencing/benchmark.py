@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #77aa45dd
+# %% ../nbs/18_benchmark.ipynb #9b500d75
 import dataclasses
 import json
 import platform
@@ -29,7 +29,7 @@ from .bootstrap import bootstrap_concordance, interval
 from .events import EventTable, cohort_summary, sample_patients
 from .horizons import attach_labels
 from .jobs import whole_folder
-from .landmarks import Landmarks, draw_landmarks
+from .landmarks import Landmarks, draw_landmarks, spaced_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import concordance_index, plot_risk_groups
 from .oracle import oracle_risk
@@ -88,7 +88,7 @@ class BenchmarkConfig:
         stem = "synthetic" if self.source is None else re.sub(r"[.?].*$", "", Path(self.source).name)
         return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", f"{stem}-{self.outcome}-seed{self.seed}").strip("-").lower()
 
-# %% ../nbs/18_benchmark.ipynb #282352e3
+# %% ../nbs/18_benchmark.ipynb #8ea78fbf
 @dataclass
 class Cohort:
     "Everything that models are trained and judged on."
@@ -96,7 +96,7 @@ class Cohort:
     store: SequenceStore # token sequences
     labels: VisitLabels # of the store
     split: dict # "train", "validation", "test" -> rows
-    landmarks: dict # "train", "validation", "test" -> one `Landmarks` a patient; "fit" -> up to five a training patient
+    landmarks: dict # "train", "validation", "test" -> one `Landmarks` a patient; "fit" -> spaced visits of the training patients
     summary: pd.DataFrame # of `cohort_summary`
     truth: SyntheticCohort | None = None # the simulated cohort, if it is one
 
@@ -130,7 +130,7 @@ def prepare_cohort(
     vocabulary = fit_vocabulary(table.events, visits.subject_ids[split["train"]], config.min_patients, exclude=excluded)
     store = build_store(table, vocabulary)
     landmarks = {part: draw_landmarks(labels, store, rows, config.seed) for part, rows in split.items()}
-    landmarks["fit"] = draw_landmarks(labels, store, split["train"], config.seed + 1, per_patient=5)
+    landmarks["fit"] = spaced_landmarks(labels, store, split["train"], config.seed)
     for part in split: say(f"  {part}: {len(split[part]):,} patients, {int(landmarks[part].events.sum()):,} events within {config.horizon_years:g} years of the landmark")
     for part in ("train", "validation", "test"):
         if not landmarks[part].events.any():
@@ -192,14 +192,14 @@ def fit_network(
     risks = {part: network_risks(model, cohort, cohort.landmarks[part], config) for part in ("train", "test")}
     return Arm(name, risks, *count_parameters(model), seconds, history, model)
 
-# %% ../nbs/18_benchmark.ipynb #671b0ec5
+# %% ../nbs/18_benchmark.ipynb #d6dc408c
 def fit_cox(
     name: str, # in the table
     features: str, # "counts" or "visits"
     cohort: Cohort, # to fit on
     config: BenchmarkConfig, # horizon
 ) -> Arm: # fitted
-    "Fit a `CoxBaseline` at up to five landmarks of each training patient."
+    "Fit a `CoxBaseline` at spaced landmarks of the training patients."
     began = time.perf_counter()
     model = CoxBaseline(features).fit(cohort.store, cohort.landmarks["fit"], cohort.landmarks["validation"])
     seconds = time.perf_counter() - began

@@ -101,11 +101,11 @@ def fit_networks(train, split, epochs):
 
     def loader(part, shuffle):
         rows = split[part]
-        return BatchLoader(train.store, rows, train.labels.last_at_risk[rows], 4096, 256, shuffle=shuffle, random_end=shuffle, max_patients=16 if shuffle else None, transform=lambda b: attach_labels(b, train.store, train.labels))
+        return BatchLoader(train.store, rows, train.labels.last_at_risk[rows], 4096, 1024, shuffle=shuffle, random_end=shuffle, max_patients=16 if shuffle else None, transform=lambda b: attach_labels(b, train.store, train.labels))
 
     def predict(world, model):
         place, said = {row: i for i, row in enumerate(world.marks.rows.tolist())}, np.empty((len(world.marks), len(ASKED)))
-        for batch in BatchLoader(world.store, world.marks.rows, world.marks.visits, 8192, 256):
+        for batch in BatchLoader(world.store, world.marks.rows, world.marks.visits, 8192, 1024):
             said[[place[row] for row in batch["rows"].tolist()]] = model.predict_risk(batch, horizons=ASKED).numpy()
         return said
 
@@ -156,8 +156,8 @@ def main(
     for name, table in tables.items(): lines += [f"## The oracle, {name}", "", markdown(table), ""]
     exceeding = models[models.exceeds]
     lines += ["## Honest models minus the oracle, without death", "", "Differences on the same patients and the same draws. " + ("No model exceeds the oracle beyond its interval." if not len(exceeding) else f"{len(exceeding)} of {len(models)} exceed the oracle beyond their interval."), "", markdown(models), "",
-              "Observed over expected is far below 1 for every model that was trained: they say too high a risk. Cox and the networks learn here from visits at which every patient has the same weight. Who has the event soon has few visits at risk, and each of them "
-              "counts for more; how many there will be depends on the future, so the risk learned is that of a drawn visit and not of the fifth. It does not touch the ranking, and it ruins the Brier score: some score worse than saying the same to all. "
-              "The chapter on landmarks shows the effect by itself.", ""]
+              "Observed over expected tells the level of the risks: 1 is right, less than 1 means that too much is predicted. In training a visit weighs by the time since the previous one, which was known at the visit. When every patient had the same weight instead, this script "
+              "found 0.33 to 0.42 at one year for Cox and both networks, and Brier scores of the networks that were worse than saying the same to all: who has the event soon has few visits at risk, each of which then counted for more, and how few there will be is the future. "
+              "Concordance and AUC hardly noticed.", ""]
     RESULTS.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines), f"\n{time.perf_counter() - began:.0f} s")

@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'ask_oracle', 'fit_arms', 'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table',
            'plot_survival', 'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #56544f80
+# %% ../nbs/18_benchmark.ipynb #77aa45dd
 import dataclasses
 import json
 import platform
@@ -32,11 +32,8 @@ from .jobs import whole_folder
 from .landmarks import Landmarks, draw_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import concordance_index, plot_risk_groups
-from .outcomes import (Landmarks, Outcome, VisitLabels, attach_labels, draw_landmarks, feature_exclusions, label_visits,
-                                     split_patients)
-from .batches import BatchLoader
-from .jobs import whole_folder
 from .oracle import oracle_risk
+from .outcomes import Outcome, VisitLabels, feature_exclusions, label_visits
 from .readers import read_events
 from .sequences import SequenceStore, build_store
 from .splits import split_patients
@@ -91,7 +88,7 @@ class BenchmarkConfig:
         stem = "synthetic" if self.source is None else re.sub(r"[.?].*$", "", Path(self.source).name)
         return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", f"{stem}-{self.outcome}-seed{self.seed}").strip("-").lower()
 
-# %% ../nbs/18_benchmark.ipynb #34ae5ff5
+# %% ../nbs/18_benchmark.ipynb #282352e3
 @dataclass
 class Cohort:
     "Everything that models are trained and judged on."
@@ -122,7 +119,7 @@ def prepare_cohort(
 ) -> Cohort: # ready for models
     "Source to landmarks. Raises `ValueError` and the readers' errors, before anything is written."
     table, truth, summary = _read(config, say)
-    outcome = Outcome(config.outcome)
+    outcome = Outcome.from_text(config.outcome)
     excluded, codes = feature_exclusions(outcome, table), outcome.codes(table)
     visits = build_store(table, Vocabulary(list(SPECIAL_TOKENS)))  # visits and their times; labels need no codes
     if not len(visits): raise ValueError(f"{table.source}: no event has a time, so there are no visits.")
@@ -141,7 +138,7 @@ def prepare_cohort(
     say(f"Vocabulary of {len(vocabulary):,} tokens from the training patients; {len(store.tokens):,} tokens in {store.n_visits.sum():,} visits.")
     return Cohort(table, store, labels, split, landmarks, summary, truth)
 
-# %% ../nbs/18_benchmark.ipynb #7e01b457
+# %% ../nbs/18_benchmark.ipynb #c2b8ab50
 @dataclass
 class Arm:
     "A fitted model with its costs and what it says at the landmarks."
@@ -173,7 +170,7 @@ def network_risks(
 def _loaders(cohort, config):
     "Batches of training and validation patients, each history ending at its last visit at risk."
     attach = lambda batch: attach_labels(batch, cohort.store, cohort.labels)
-    return [BatchLoader(cohort.store, cohort.split[part], cohort.labels.n_at_risk[cohort.split[part]] - 1, config.token_budget, config.max_tokens,
+    return [BatchLoader(cohort.store, cohort.split[part], cohort.labels.last_at_risk[cohort.split[part]], config.token_budget, config.max_tokens,
                         max_patients=16 if part == "train" else None, shuffle=part == "train", random_end=part == "train", seed=config.seed, transform=attach) for part in ("train", "validation")]
 
 

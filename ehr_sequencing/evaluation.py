@@ -171,7 +171,7 @@ def _add_calibration(table: _Table, setting: tuple, metrics, competing, groups, 
             if "ici" in metrics: table.attempt(model, "ici", h, lambda: index(r[:, k], h)["ici"])
         if "d_calibration_p" in metrics: table.attempt(model, "d_calibration_p", None, lambda: d_calibration(durations, types == 1, r, horizons)["p_value"])
 
-# %% ../nbs/10e_evaluation.ipynb #0aa204f9
+# %% ../nbs/10e_evaluation.ipynb #31d0b7ac
 def _two_kinds(durations, events, event_types, name: str) -> tuple: # durations, types
     "Checked durations and event types 0, 1, 2. Raises `ValueError` if `events` says otherwise than `event_types`."
     if event_types is None:
@@ -182,7 +182,7 @@ def _two_kinds(durations, events, event_types, name: str) -> tuple: # durations,
     return durations, types
 
 
-def _add_differences(frame: pd.DataFrame, boot: Bootstrap, names: dict, reference: str, level: float, method: str) -> pd.DataFrame:
+def _add_differences(frame: pd.DataFrame, table: _Table, boot: Bootstrap, names: dict, reference: str, level: float, method: str) -> pd.DataFrame:
     "Columns difference, difference_low, difference_high and p_value: each model minus the reference, on the same draws."
     columns = {c: [None] * len(frame) for c in ("difference", "difference_low", "difference_high", "p_value")}
     for i, row in enumerate(frame.itertuples()):
@@ -190,7 +190,10 @@ def _add_differences(frame: pd.DataFrame, boot: Bootstrap, names: dict, referenc
         if row.model in (reference, NULL) or key not in names or other not in names: continue
         difference = boot.difference(names[key], names[other])
         (name, value), = difference.estimates.items()
-        for column, x in zip(columns, (value, *difference.interval(name, level, method), difference.p_value(name, 0.0, method))): columns[column][i] = x
+        try: values = (value, *difference.interval(name, level, method), difference.p_value(name, 0.0, method))
+        except ValueError as error: table.leave_out(row.model, f"{row.metric} minus that of {reference}", key[2], str(error).rstrip("."))
+        else:
+            for column, x in zip(columns, values): columns[column][i] = x
     return frame.assign(**{c: pd.array(v, dtype="Float64") for c, v in columns.items()})
 
 
@@ -204,7 +207,7 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
 
-# %% ../nbs/10e_evaluation.ipynb #9ee2e85e
+# %% ../nbs/10e_evaluation.ipynb #f9e724b0
 def evaluate_survival(
     durations, # (n,) days to the event or censoring
     events, # (n,) bool: event of interest observed; may be None where `event_types` is given
@@ -245,7 +248,7 @@ def evaluate_survival(
         boot, names = _add_weighted(table, setting, [name for name in rest if name in WEIGHTED], groups, n_resamples, seed, level, method)
         _add_calibration(table, setting, rest, competing, groups, n_resamples, seed, level, method)
     frame = _tidy(table, [*risks, NULL], durations, types, horizons)
-    if reference is not None: frame = _add_differences(frame, boot, names, reference, level, method)
+    if reference is not None: frame = _add_differences(frame, table, boot, names, reference, level, method)
     people = len(durations) if groups is None else len(np.unique(groups))
     frame.attrs = {"n": len(durations), "patients": people, "events": int((types == 1).sum()), "n_resamples": n_resamples, "seed": seed, "level": level, "method": method, "omitted": table.omitted}
     return frame

@@ -91,7 +91,7 @@ def mean_loss(
         total, weight = total + survival_loss(model(batch), batch).item() * len(batch["codes"]), weight + len(batch["codes"])
     return total / weight
 
-# %% ../nbs/16_training.ipynb #ecc8210d
+# %% ../nbs/16_training.ipynb #04a0bf7c
 def train_step(
     model: nn.Module, # prepared by the accelerator
     optimizer, # prepared by the accelerator
@@ -100,14 +100,14 @@ def train_step(
     max_norm: float, # of the gradient
     where: str, # which step this is, for messages
 ) -> float: # mean loss over the patients of the group
-    "One optimiser step on the mean over the patients of a group. Raises `ValueError` for a loss that is not finite."
+    "One optimiser step on the mean over the patients of a group. Raises `ValueError`, with the place, for logits that are not finite and where nobody is at risk."
     patients, total = sum(len(b["codes"]) for b in group), 0.0
     optimizer.zero_grad()
     for batch in group:
         batch = to_device(batch, accelerator.device)
-        with accelerator.autocast(): loss = survival_loss(model(batch), batch) * (len(batch["codes"]) / patients)
-        if not torch.isfinite(loss):
-            raise ValueError(f"The training loss became {loss.item()} in {where}. Lower the learning rate, or look for extreme values in the data.")
+        try:
+            with accelerator.autocast(): loss = survival_loss(model(batch), batch) * (len(batch["codes"]) / patients)
+        except ValueError as error: raise ValueError(f"{where}: {error}") from None
         accelerator.backward(loss)
         total += loss.item()
     accelerator.clip_grad_norm_(model.parameters(), max_norm)

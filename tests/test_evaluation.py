@@ -84,7 +84,8 @@ def test_intervals_are_finite_and_ordered(cohort, method):
     assert np.isfinite(table.value).all() and drawn.low.notna().all() and (drawn.low <= drawn.high).all() and np.isfinite(drawn[["low", "high"]].to_numpy(dtype=float)).all()
     values = {(r.model, r.metric, None if pd.isna(r.horizon) else r.horizon): r.value for r in table.itertuples()}
     for r in table.dropna(subset="difference").itertuples():
-        assert r.model == "two" and abs(r.difference - (r.value - values["one", r.metric, None if pd.isna(r.horizon) else r.horizon])) < 1e-9
+        first = values.get(("one", r.metric, None if pd.isna(r.horizon) else r.horizon))  # its own row may lack for want of an interval
+        assert r.model == "two" and (first is None or abs(r.difference - (r.value - first)) < 1e-9)
         assert r.difference_low <= r.difference_high and 0 < r.p_value <= 1
     assert table[table.model == "one"].difference.isna().all()
 
@@ -106,3 +107,16 @@ def test_too_many_undefined_draws_are_refused():
     with pytest.raises(ValueError, match="model, auc at 6 days: .*too few events"): evaluate_survival(t, e, risks, 6, t, e, metrics=["auc"], n_resamples=200)
     kept = evaluate_survival(t, e, risks, 6, t, e, metrics=["auc", "brier"], n_resamples=200, undefined="omit")
     assert "auc" not in set(kept.metric) and "brier" in set(kept.metric)
+
+
+def test_a_difference_without_an_interval_is_left_out_or_refused():
+    "One draw lies on one side of the estimate, so BCa has no answer."
+    t = np.arange(1.0, 41)
+    one = np.linspace(0.9, 0.1, 40)
+    two = one.copy()
+    two[[0, 39]] = two[[39, 0]]  # the perfect ranking with its ends exchanged
+    arguments = dict(durations=t, events=np.ones(40, bool), risks={"one": one, "two": two}, horizons=20.5, train_durations=t, train_events=np.ones(40, bool), metrics=["auc"], n_resamples=50, reference="one")
+    with pytest.raises(ValueError, match="two, auc.*on one side of the estimate"): evaluate_survival(**arguments | {"n_resamples": 1})
+    kept = evaluate_survival(**arguments | {"n_resamples": 1, "undefined": "omit"})
+    assert kept.difference.isna().all() and any("two" == o["model"] for o in kept.attrs["omitted"])
+    assert evaluate_survival(**arguments | {"method": "percentile"}).difference.notna().sum() == 1

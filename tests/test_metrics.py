@@ -291,6 +291,28 @@ def test_differences_are_paired():
     np.testing.assert_allclose(draws["a"], boot.draws["a"])  # the same seed gives the same draws, whatever else is evaluated
 
 
+def test_whole_patients_are_drawn():
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=60)
+    t, e = generator.exponential(np.exp(-x)), generator.random(60) < 0.7
+    ids = generator.permutation(60) - 2**40  # any label
+    rows = np.concatenate([np.repeat(np.arange(60), 2), np.arange(10)])  # two rows a patient, three for some
+    boot = bootstrap(lambda drawn: {"patients": len(np.unique(drawn)), "rows": len(drawn), "mean": x[rows][drawn].mean()}, 130, ids[rows], n_resamples=200)
+    single = bootstrap(lambda drawn: {"patients": len(np.unique(drawn))}, 60, n_resamples=200)
+    assert (boot.draws["rows"] >= 120).all() and boot.draws["patients"].between(2 * single.draws["patients"].min(), 3 * single.draws["patients"].max()).all()
+    assert len(boot.influence) == 60  # each block of the jackknife is a patient
+    spread = bootstrap(lambda drawn: x[rows][drawn].mean(), 130, n_resamples=200).draws["value"].std()
+    assert 1.2 < boot.draws["mean"].std() / spread < 1.7  # about the square root of two
+
+
+def test_models_that_are_the_same_do_not_differ():
+    generator = np.random.default_rng(4)
+    x = generator.exponential(size=50)
+    same = bootstrap(lambda rows: {"a": x[rows].mean(), "b": x[rows].mean() * (1 + 1e-15)}, 50, n_resamples=100).difference("a", "b")
+    for method in ("bca", "percentile"): assert same.interval("a - b", method=method) == (0, 0) and same.p_value("a - b", method=method) == 1
+    assert bca_interval(x, 1.0, 1e-17 * generator.exponential(size=50)) == bca_interval(x, 1.0, np.zeros(50))  # rounding has no skewness
+
+
 def test_a_hundred_thousand_patients_in_seconds_and_linear_memory():
     peaks = {}
     for n in (20_000, 100_000):

@@ -106,7 +106,7 @@ def draw_landmarks(
     chosen = every.take(np.sort(order[rank < per_patient]))
     return replace(chosen, asked=np.arange(len(chosen)), flow=flow_frame([("patients", len(rows), "total"), ("landmarks", len(chosen), "total")], "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #5a57ea8b
+# %% ../nbs/04b_landmarks.ipynb #3cc9df94
 _DAY = np.timedelta64(1, "D")
 
 
@@ -125,9 +125,10 @@ def _last_known(store, rows, days):
     return np.searchsorted(known, day_numbers(rows, days), side="right") - 1 - store.first_visit[rows]
 
 
-def _at_days(labels, store, rows, over, days, no_moment, unknown=None):
+def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
     "Landmarks of rows at days, of which those up to `over` are wholly known; NaT where there is no moment."
-    ends, outcome = labels.ends, labels.outcome
+    ends, n = labels.ends, len(rows) + unknown
+    if not n: raise ValueError("rows: nobody is asked about; give at least one patient")
     there = ~np.isnat(days)
     safe, over = np.where(there, days, np.datetime64(0, "D")), np.where(there, over, np.datetime64(0, "D"))
     visits = _last_known(store, rows, over)
@@ -135,11 +136,11 @@ def _at_days(labels, store, rows, over, days, no_moment, unknown=None):
     durations = (end_days - safe) / _DAY
     checks = [(no_moment, ~there), ("no visit over by then", visits < 0), ("event on or before that day", (durations <= 0) & (types == 1)),
               ("competing event on or before that day", (durations <= 0) & (types == 2)), ("no follow-up after that day", (durations <= 0) | ~(ends.observation_ends[rows] > safe)), ("washout not over", ~washed)]
-    kept, steps = np.ones(len(rows), dtype=bool), [("moments asked about", len(rows) + (unknown or 0), "total")] + ([("patient not in the store", unknown, "excluded")] if unknown else [])
+    kept, steps = np.ones(len(rows), dtype=bool), [("moments asked about", n, "total")] + ([("patient not in the store", unknown, "excluded")] if unknown else [])
     for reason, applies in checks:
         if (kept & applies).any(): steps.append((reason, (kept & applies).sum(), "excluded"))
         kept &= ~applies
-    if not kept.any(): raise ValueError(f"no landmark is left: of {len(rows):,} moments asked about, " + ", ".join(f"{n:,}: {reason}" for reason, n, kind in steps if kind == "excluded") + ". Ask at other moments.")
+    if not kept.any(): raise ValueError(f"no landmark is left: of {n:,} moments asked about, " + ", ".join(f"{k:,}: {reason}" for reason, k, kind in steps if kind == "excluded") + ". Ask at other moments.")
     known = store.visit_known[store.first_visit[rows[kept]] + visits[kept]].astype("datetime64[D]")
     return _cut(labels, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept),
                 flow=flow_frame([*steps, ("landmarks", kept.sum(), "total")], "moments"))

@@ -40,7 +40,7 @@ def _find_visits(snapshots, subject_ids, times):
     if found.null_count(): raise KeyError(f"times: {found.null_count()} of {len(asked)} are no start of a visit of their patient in this cohort, the first at position {found.is_null().arg_max()}")
     return found.to_numpy()
 
-# %% ../nbs/03a_oracle.ipynb #1d3614d3
+# %% ../nbs/03a_oracle.ipynb #e11a2202
 def oracle_risk(
     cohort: SyntheticCohort, # or its snapshots, as `load_truth` gives them
     subject_ids=None, # (n,) patients; every visit of the cohort if None
@@ -52,7 +52,7 @@ def oracle_risk(
 ) -> np.ndarray: # (n,) for one horizon, else (n, H): true probability of the event within the horizon
     "True risk from the latent state at a visit. Raises `KeyError` for a visit that the cohort does not have, `ValueError` for settings that make no sense, `TypeError` for ids that are not whole numbers."
     if competing not in _COMPETITORS: raise ValueError(f"competing: expected None, 'death' or 'visit', got {competing!r}")
-    if n_futures < 1: raise ValueError(f"n_futures: expected at least 1, got {n_futures}")
+    if not n_futures >= 1 or n_futures != int(n_futures): raise ValueError(f"n_futures: expected a whole number, at least 1, got {n_futures}")
     horizons = np.atleast_1d(np.asarray(horizon, dtype=float))
     if horizons.ndim != 1 or not ((horizons > 0) & np.isfinite(horizons)).all(): raise ValueError("horizon: expected one positive number of days, or a list of them")
     snapshots = cohort.snapshots if isinstance(cohort, SyntheticCohort) else cohort
@@ -60,10 +60,10 @@ def oracle_risk(
     generator, risks = np.random.default_rng([seed, 11]), np.empty((len(positions), len(horizons)))
     keys = set(snapshots) - {"subject_id", "time", "day", "period"}
     for begin in range(0, len(positions), 2000):  # so that memory stays small
-        chosen = np.repeat(positions[begin:begin + 2000], n_futures)
+        chosen = np.repeat(positions[begin:begin + 2000], int(n_futures))
         state, period = {k: snapshots[k][chosen] for k in keys}, snapshots["period"][chosen].astype(float)
         left = (PERIOD - 1 - snapshots["day"][chosen] % PERIOD).astype(float)
-        risks[begin:begin + 2000] = _follow(state, period, left, horizons, competing, generator).reshape(-1, n_futures, len(horizons)).mean(1)
+        risks[begin:begin + 2000] = _follow(state, period, left, horizons, competing, generator).reshape(-1, int(n_futures), len(horizons)).mean(1)
     return risks[:, 0] if np.ndim(horizon) == 0 else risks
 
 

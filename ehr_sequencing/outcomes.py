@@ -21,7 +21,7 @@ import polars as pl
 from .events import BIRTH, DEATH, OBSERVATION_END, STRUCTURAL_CODES, VISIT_END, EventTable, follow_up, sort_events
 from .sequences import SequenceStore
 
-# %% ../nbs/04_outcomes.ipynb #abdddcbb
+# %% ../nbs/04_outcomes.ipynb #a6a0d3cc
 def _suggestions(text, table):
     "Codes of the table whose code or name resembles `text`, most similar first."
     codes = [c for c in table.events["code"].unique().sort() if c not in STRUCTURAL_CODES]
@@ -44,6 +44,7 @@ def _pattern(value, name):
         parts = [p.strip() for p in value.split(";") if p.strip()]
         if not parts: raise ValueError(f"{name}: is empty. Name a code, such as SNOMED//44054006, or death.")
         for part in parts:
+            if part == "re:": raise ValueError(f"{name}: 're:' has no regular expression after it, which would mean every code. Write one, such as re:^ICD10CM//E1[0-4].")
             try: re.compile(part[3:].strip() if part.startswith("re:") else "")
             except re.error as error: raise ValueError(f"{name}: '{part}' is no regular expression ({error}). Correct it; put a backslash before a bracket that is meant as such.") from None
         return value.strip()
@@ -234,7 +235,7 @@ def patient_ends(
     return PatientEnds(outcome, first_days, events["row"].to_numpy().astype(np.int64), _days(events["day"].to_numpy()), first_of(competing), first_of(censoring),
                        observed, people["death"].is_not_null().to_numpy(), before)
 
-# %% ../nbs/04_outcomes.ipynb #19e778d6
+# %% ../nbs/04_outcomes.ipynb #98acce43
 @dataclass
 class VisitLabels:
     "Labels of every visit of a store, and of every patient. Make them with `label_visits`."
@@ -257,7 +258,8 @@ def check_horizons(
     horizons, # days
 ) -> tuple: # of floats
     "Horizons as a tuple. Raises `ValueError` unless they are positive and increasing."
-    horizons = tuple(float(h) for h in np.atleast_1d(horizons))
+    try: horizons = tuple(float(h) for h in np.atleast_1d(horizons))
+    except (TypeError, ValueError): raise ValueError(f"horizons: expected increasing positive days, got {type(horizons).__name__}") from None
     if not horizons or not horizons[0] > 0 or not all(a < b < math.inf for a, b in zip(horizons, (*horizons[1:], 1e99))): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
     return horizons
 

@@ -149,13 +149,13 @@ def draw_people(
         for key, value in now.items(): state[key][adult] = value
     return state
 
-# %% ../nbs/03_synthetic.ipynb #11d33898
+# %% ../nbs/03_synthetic.ipynb #392d70bf
 _SYMPTOMS = {  # code -> how often it is noted, and how much oftener for each stage of some conditions
     "ICD10CM//R06.02": (0.02, {"heart disease": 0.06, "COPD": 0.06, "asthma": 0.03}), "ICD10CM//R60.0": (0.02, {"heart disease": 0.06, "kidney disease": 0.03}),
     "ICD10CM//R53.83": (0.05, {"heart disease": 0.03, "depression": 0.04, "kidney disease": 0.02}), "ICD10CM//R42": (0.03, {"hypertension": 0.015})}
 _CODED = np.array([0.45, 0.6, 0.6, 0.08, 0.55, 0.45, 0.4, 0.6], dtype=np.float32)  # chance that a visit codes a condition that is there
 _PNEUMONIA = "ICD10CM//J18.9"
-_ACUTE = [f"ICD10CM//{'ABGHKLNRSTZ'[i % 11]}{10 + i // 11:02d}.{i % 7}" for i in range(300)]  # complaints without consequence
+_ACUTE = [f"ICD10CM//{'ABGHKLMRSTZ'[i % 11]}{10 + i // 11:02d}.{i % 7}" for i in range(300)]  # complaints without consequence, made up in the form of the classification
 _VISITS = ("VISIT//outpatient", "VISIT//emergency")
 CODES = [c for k in CONDITIONS.values() for c in (*k.codes, k.drug, k.lab[0], k.check)] + [*_SYMPTOMS, _PNEUMONIA, *_VISITS, *_ACUTE, OUTCOME_CODE, BIRTH, DEATH, OBSERVATION_END, "GENDER//M", "GENDER//F"]
 _CODE_ID = {code: i for i, code in enumerate(CODES)}
@@ -299,11 +299,17 @@ def simulate_cohort(
     table = EventTable(events, _NAMES_OF_CODES, source="synthetic", format="synthetic")
     return SyntheticCohort(table, {k: np.concatenate([c[1][k] for c in chunks]) for k in chunks[0][1]}, sum(c[2] for c in chunks))
 
-# %% ../nbs/03_synthetic.ipynb #27a87a5c
+# %% ../nbs/03_synthetic.ipynb #d036300e
 _SPLIT_OF_TEN = ("train",) * 7 + ("tuning",) + ("held_out",) * 2
 
 
 def _split_of(subject_ids): return np.array(_SPLIT_OF_TEN)[np.asarray(subject_ids) % 10]
+
+
+def _write(frame, path):
+    "Write a Parquet file. Raises `OSError` where the disk does not take it."
+    try: frame.write_parquet(path)
+    except pl.exceptions.PolarsError as error: raise OSError(f"{path}: {str(error).rpartition(': ')[2]}") from None
 
 
 def _write_chunk(job, seed, years, mortality, hazard_ratio, folder):
@@ -313,9 +319,9 @@ def _write_chunk(job, seed, years, mortality, hazard_ratio, folder):
     remainder = pl.col("subject_id") % 10
     for split in SPLITS:
         part = events.filter(remainder.is_in([i for i, s in enumerate(_SPLIT_OF_TEN) if s == split]))
-        if len(part): part.write_parquet(folder/"data"/split/f"{chunk}.parquet")
+        if len(part): _write(part, folder/"data"/split/f"{chunk}.parquet")
     frame = pl.DataFrame({k: v for k, v in truth.items() if v.ndim == 1} | {f"{k} {name}": truth[k][:, i] for k in ("onset", "stage", "treated") for i, name in enumerate(_NAMES)})
-    frame.write_parquet(folder/"truth"/f"{chunk}.parquet")
+    _write(frame, folder/"truth"/f"{chunk}.parquet")
     return len(events), len(frame), events.filter(pl.col("code") == OUTCOME_CODE).height
 
 
@@ -329,7 +335,7 @@ def write_cohort(
     n_jobs: int | None = None, # processes; one for each core if None
     show_progress: bool = True, # a bar, or lines where there is no terminal
 ) -> dict: # counts of patients, events, visits and outcomes
-    "Simulate a cohort straight to files in the MEDS layout. Raises as `simulate_cohort` does, and `FileExistsError` if the folder is there."
+    "Simulate a cohort straight to files in the MEDS layout. Raises as `simulate_cohort` does, `FileExistsError` if the folder is there, and `OSError` where the disk is full."
     options = seed, years, mortality, hazard_ratio
     jobs = list(enumerate(_chunks(num_patients, *options)))
     if n_jobs is not None and n_jobs < 1: raise ValueError(f"n_jobs: expected at least 1 process, got {n_jobs}")
@@ -340,13 +346,14 @@ def write_cohort(
         _write_metadata(unfinished/"metadata", num_patients, options)
     return {"patients": num_patients, **{name: sum(c[i] for c in counts) for i, name in enumerate(("events", "visits", "outcomes"))}}
 
-# %% ../nbs/03_synthetic.ipynb #72e36f0b
+# %% ../nbs/03_synthetic.ipynb #a2535bda
 def _write_metadata(folder, num_patients, options):
     "What MEDS asks for beside the data: codes, splits, and where the data come from."
     people = np.arange(num_patients)
-    pl.DataFrame({"subject_id": people, "split": _split_of(people)}).write_parquet(folder/"subject_splits.parquet")
+    _write(pl.DataFrame({"subject_id": people, "split": _split_of(people)}), folder/"subject_splits.parquet")
     names = [_NAMES_OF_CODES.get(code) for code in CODES]
-    pl.DataFrame({"code": CODES, "description": names, "parent_codes": [[]] * len(CODES)}, schema_overrides={"parent_codes": pl.List(pl.String)}).unique("code", keep="first", maintain_order=True).write_parquet(folder/"codes.parquet")
+    codes = pl.DataFrame({"code": CODES, "description": names, "parent_codes": [[]] * len(CODES)}, schema_overrides={"parent_codes": pl.List(pl.String)})
+    _write(codes.unique("code", keep="first", maintain_order=True), folder/"codes.parquet")
     settings = dict(zip(("seed", "years", "mortality", "hazard_ratio"), options))
     (folder/"dataset.json").write_text(json.dumps({"dataset_name": "synthetic heart failure", "dataset_version": __version__, "etl_name": "ehr_sequencing", "etl_version": __version__, "meds_version": "0.4.0", "settings": settings}, indent=1), encoding="utf-8")
 

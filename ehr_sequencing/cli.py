@@ -35,7 +35,7 @@ def _one_line(name, job, interrupted="nothing was written"):
     print(f"{name}: {text}", file=sys.stderr)
     sys.exit(status)
 
-# %% ../nbs/19_cli.ipynb #1cf78cd8
+# %% ../nbs/19_cli.ipynb #1e24d923
 @call_parse
 def ehrseq_synthesize(
     num_patients: int = 2000, # people to simulate
@@ -46,7 +46,7 @@ def ehrseq_synthesize(
     hazard_ratio: float = 1.0, # factor on the hazard of the outcome
     n_jobs: int = None, # processes; one for each core if absent
 ):
-    "Write a simulated cohort in the MEDS layout, with its true hazards and latent states."
+    "Write a simulated cohort in the MEDS layout, and the latent state at every visit, from which the oracle computes the true risks."
     def job():
         from ehr_sequencing.synthetic import OUTCOME_CODE, write_cohort
         counts = write_cohort(out, num_patients, seed, years, mortality, hazard_ratio, n_jobs)

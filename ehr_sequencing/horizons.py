@@ -12,45 +12,51 @@ import torch
 from .outcomes import VisitLabels, check_horizons
 from .sequences import SequenceStore
 
-# %% ../nbs/04a_horizons.ipynb #d1f0fd5e
+# %% ../nbs/04a_horizons.ipynb #6e14c3df
+def _follow_up(durations, event_types):
+    "Durations and event types as arrays. Raises `ValueError` for shapes that differ, durations that are NaN, and types that are none of 0, 1 and 2."
+    durations, types = np.asarray(durations, dtype=float), np.asarray(event_types)
+    if durations.shape != types.shape: raise ValueError(f"event_types: expected the shape of the durations, {durations.shape}, got {types.shape}")
+    if np.isnan(durations).any(): raise ValueError(f"durations: expected days, got {int(np.isnan(durations).sum())} that are NaN")
+    if not np.isin(types, (0, 1, 2)).all(): raise ValueError("event_types: expected 0 (censored), 1 (event) or 2 (competing event)")
+    return durations, types.astype(np.int64)
+
+
 def horizon_targets(
     durations, # (...,) days from a visit to event or censoring
     events, # (...,) bool
     horizons, # (K,) increasing days
 ) -> tuple: # bins (...,) int64 in 0..K and indicators (...,) bool
-    "The bin in which the event falls, or the number of bins survived."
-    durations, events, horizons = np.asarray(durations, dtype=float), np.asarray(events, dtype=bool), np.asarray(horizons, dtype=float)
-    within = events & (durations <= horizons[-1])
+    "The bin in which the event falls, or the number of bins survived. Raises `ValueError` for horizons that are no increasing positive days, shapes that differ, or NaN."
+    (durations, types), horizons = _follow_up(durations, np.asarray(events, dtype=bool)), np.array(check_horizons(horizons))
+    within = (types > 0) & (durations <= horizons[-1])
     bins = np.where(within, np.searchsorted(horizons, durations, side="left"), np.searchsorted(horizons, durations, side="right"))
     return bins.astype(np.int64), within
 
-# %% ../nbs/04a_horizons.ipynb #b9e6b41d
+# %% ../nbs/04a_horizons.ipynb #9d224135
 def person_periods(
     durations, # (...,) days from a visit to the end of its time at risk
     event_types, # (...,) 0 censored, 1 event, 2 competing event; or bool
     horizons, # (K,) increasing days
 ) -> tuple: # (..., K) bool: at risk in the bin; (..., K) int64: what happened there, 0 for nothing, else the event type
-    "One trial for each bin at risk. A duration of 0 or less is at risk in no bin. Raises `ValueError` for shapes that differ or unknown types."
-    durations, types = np.asarray(durations, dtype=float), np.asarray(event_types).astype(np.int64)
-    if durations.shape != types.shape: raise ValueError(f"event_types: expected the shape of the durations, {durations.shape}, got {types.shape}")
-    if types.size and (types.min() < 0 or types.max() > 2): raise ValueError("event_types: expected 0 (censored), 1 (event) or 2 (competing event)")
-    bins, within = horizon_targets(durations, types > 0, check_horizons(horizons))
+    "One trial for each bin at risk. A duration of 0 or less is at risk in no bin. Raises `ValueError` for shapes that differ, unknown types, horizons that are no increasing positive days, or NaN."
+    durations, types = _follow_up(durations, event_types)
+    bins, within = horizon_targets(durations, types > 0, horizons)
     step = np.arange(len(np.atleast_1d(horizons)))
     here = (step == bins[..., None]) & within[..., None]  # (..., K)
     asked = (durations > 0)[..., None]
     return ((step < bins[..., None]) | here) & asked, np.where(here & asked, types[..., None], 0)
 
-# %% ../nbs/04a_horizons.ipynb #b51a36b9
+# %% ../nbs/04a_horizons.ipynb #e124dbbf
 def within_horizons(
     durations, # (...,) days from a visit to the end of its time at risk
     event_types, # (...,) 0 censored, 1 event, 2 competing event; or bool
     horizons, # (H,) increasing days, or one number
 ) -> tuple: # (..., H) bool: the event comes within the horizon; (..., H) bool: that is known
-    "Labels for fixed horizons. Where a label is not known it is False. Raises `ValueError` for horizons that are no increasing positive days, or shapes that differ."
-    durations, types = np.asarray(durations, dtype=float)[..., None], np.asarray(event_types).astype(np.int64)[..., None]
-    if durations.shape != types.shape: raise ValueError(f"event_types: expected the shape of the durations, {durations.shape[:-1]}, got {types.shape[:-1]}")
-    horizons = np.array(check_horizons(horizons))
-    return (types == 1) & (durations <= horizons), (types > 0) | (durations >= horizons)
+    "Labels for fixed horizons. Where a label is not known it is False; a duration of 0 or less is not at risk and has none. Raises as `person_periods`."
+    durations, types = (a[..., None] for a in _follow_up(durations, event_types))
+    horizons, asked = np.array(check_horizons(horizons)), durations > 0
+    return (types == 1) & (durations <= horizons) & asked, ((types > 0) | (durations >= horizons)) & asked
 
 # %% ../nbs/04a_horizons.ipynb #44bdaba8
 def visit_weights(

@@ -18,7 +18,7 @@ from .landmarks import Landmarks
 from .outcomes import flow_frame
 from .sequences import SequenceStore
 
-# %% ../nbs/04d_label_files.ipynb #364888ea
+# %% ../nbs/04d_label_files.ipynb #ba4ddc09
 LABEL_SCHEMA = {"subject_id": pl.Int64, "prediction_time": pl.Datetime("us"), "boolean_value": pl.Boolean, "integer_value": pl.Int64, "float_value": pl.Float32, "categorical_value": pl.String}
 
 
@@ -28,18 +28,21 @@ def write_meds_labels(
     store: SequenceStore, # of the rows
     horizon: float, # days: the label says whether the event comes within it
 ): # -> pandas data frame: how many landmarks became labels, for `plot_flow`
-    "Write a MEDS label file with `boolean_value`. Raises `FileExistsError`, or `ValueError` if the horizon is no positive number, lies beyond the follow-up of the landmarks, or no label is known."
+    "Write a MEDS label file with `boolean_value`. Raises `FileExistsError`, or `ValueError` if the horizon is no positive number or lies beyond the follow-up of all landmarks."
     path = Path(path)
     if path.exists(): raise FileExistsError(f"{path}: already exists. Choose another name, or remove it.")
+    if np.ndim(horizon): raise ValueError(f"horizon: expected one number of days, got {len(horizon)}; write a file for each")
     happened, known = (a[:, 0] for a in within_horizons(landmarks.durations, landmarks.event_types, horizon))
-    if not known.any(): raise ValueError(f"horizon: of {len(landmarks):,} landmarks none has a known label within {horizon:g} days. Was their follow-up cut at a shorter horizon?")
+    if not (known.all() or landmarks.durations.max() >= horizon): raise ValueError(f"horizon: no landmark was followed for {horizon:g} days (the longest for {landmarks.durations.max():g}), so that every label known would come from an event. Was their follow-up cut at a shorter horizon?")
     ends = (landmarks.days(store)[known] + np.timedelta64(1, "D")).astype("datetime64[us]") - np.timedelta64(1, "us")
-    frame = pl.DataFrame({"subject_id": store.subject_ids[landmarks.rows[known]], "prediction_time": ends, "boolean_value": happened[known]}, schema_overrides={"prediction_time": pl.Datetime("us")})
-    with whole_file(path) as partial: frame.sort("subject_id", "prediction_time").write_parquet(partial)
-    return flow_frame([("landmarks", len(landmarks), "total"), (f"censored within {horizon:g} days, label not known", (~known).sum(), "excluded"), ("labels", known.sum(), "total"),
-                       ("event within the horizon", happened.sum(), "part"), ("no event within it", (known & ~happened).sum(), "part")], "landmarks")
+    every = pl.DataFrame({"subject_id": store.subject_ids[landmarks.rows[known]], "prediction_time": ends, "boolean_value": happened[known]}, schema_overrides={"prediction_time": pl.Datetime("us")})
+    frame = every.unique(["subject_id", "prediction_time"]).sort("subject_id", "prediction_time")  # two visits of one day have one label
+    repeats = [("another landmark of the same patient and day", len(every) - len(frame), "excluded")] if len(frame) < len(every) else []
+    with whole_file(path) as partial: frame.write_parquet(partial)
+    return flow_frame([("landmarks", len(landmarks), "total"), (f"censored within {horizon:g} days, label not known", (~known).sum(), "excluded"), *repeats, ("labels", len(frame), "total"),
+                       ("event within the horizon", frame["boolean_value"].sum(), "part"), ("no event within it", (~frame["boolean_value"]).sum(), "part")], "landmarks")
 
-# %% ../nbs/04d_label_files.ipynb #5080beb9
+# %% ../nbs/04d_label_files.ipynb #08975bce
 def _check_labels(frame, where):
     "Columns and values of a label file as the standard wants them."
     missing = [c for c in ("subject_id", "prediction_time") if c not in frame.columns]
@@ -70,7 +73,8 @@ def read_meds_labels(
         except (pl.exceptions.PolarsError, OSError) as error: raise ValueError(f"{file.name}: cannot be read as Parquet ({type(error).__name__})") from None
         _check_labels(frame, file.name)
         if frame.schema["prediction_time"].time_zone: frame = frame.with_columns(pl.col("prediction_time").dt.convert_time_zone("UTC").dt.replace_time_zone(None))
-        frames.append(frame.cast({c: LABEL_SCHEMA[c] for c in frame.columns}))
+        try: frames.append(frame.cast({c: LABEL_SCHEMA[c] for c in frame.columns}))
+        except pl.exceptions.PolarsError: raise ValueError(f"{file.name}: holds a whole number that needs more than 64 bits with a sign") from None  # theirs would quote it
     labels = pl.concat(frames, how="diagonal")
     twice = ~labels.select("subject_id", "prediction_time").is_unique()
     if twice.any(): raise ValueError(f"{path.name}: {twice.sum():,} rows share their subject_id and prediction_time with another, first row {twice.arg_max()}. Keep one label for each moment.")

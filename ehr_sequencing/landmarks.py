@@ -6,7 +6,7 @@
 __all__ = ['Landmarks', 'at_each_visit', 'draw_landmarks', 'spaced_landmarks', 'at_visit', 'at_date', 'at_age', 'at_elapsed',
            'at_random_day', 'at_moments', 'choose_landmarks', 'last_values']
 
-# %% ../nbs/04b_landmarks.ipynb #53a8f35a
+# %% ../nbs/04b_landmarks.ipynb #7e8bd191
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -18,6 +18,7 @@ from .events import EventTable
 from .horizons import visit_weights
 from .outcomes import VisitLabels, as_day, day_numbers, flow_frame
 from .sequences import SequenceStore, row_numbers
+from .synthetic import check_ids
 
 # %% ../nbs/04b_landmarks.ipynb #cbc06f48
 @dataclass
@@ -86,7 +87,7 @@ def at_each_visit(
     return _at_visits(labels, store, of_row[kept], visits[kept], asked=np.flatnonzero(kept),
                       flow=flow_frame([("visits", len(kept), "total"), ("not at risk", (~kept).sum(), "excluded"), ("landmarks", kept.sum(), "total")], "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #9dea9971
+# %% ../nbs/04b_landmarks.ipynb #b2f2fd22
 def draw_landmarks(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -96,7 +97,7 @@ def draw_landmarks(
 ) -> Landmarks: # ordered by row and visit
     "Draw visits at risk uniformly within each patient. Raises `ValueError` for a patient who never is at risk."
     rows = np.unique(_asked_rows(labels, rows))
-    if per_patient < 1: raise ValueError(f"per_patient: expected at least 1, got {per_patient}")
+    if not per_patient >= 1 or per_patient != int(per_patient): raise ValueError(f"per_patient: expected a whole number, at least 1, got {per_patient}")
     never = labels.n_at_risk[rows] == 0
     if never.any(): raise ValueError(f"rows: the patient in row {rows[never.argmax()]} is never at risk; use the rows of `split_patients`")
     every = at_each_visit(labels, store, rows)
@@ -121,14 +122,14 @@ def spaced_landmarks(
     steps = [("visits at risk", len(every), "total"), ("too soon after the last visit, left out by chance", (~kept).sum(), "excluded"), ("landmarks", len(chosen), "total")]
     return replace(chosen, flow=flow_frame(steps, "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #4f6cbe00
+# %% ../nbs/04b_landmarks.ipynb #3cc9df94
 _DAY = np.timedelta64(1, "D")
 
 
 def _moment_days(times):
     "The last day that is wholly over at each moment, and the day of the moment. A plain date means the end of that day."
     times = np.asarray(times)
-    if times.dtype.kind != "M": raise TypeError(f"times: expected datetime64 values, got {times.dtype}")
+    if times.dtype.kind != "M": raise TypeError(f"times: expected datetime64 values, got {times.dtype}. Convert them: np.array(times, dtype='datetime64[us]'), or 'datetime64[D]' for whole days")
     day = times.astype("datetime64[D]")
     if times.dtype == np.dtype("datetime64[D]"): return day, day
     return (times.astype("datetime64[us]") + np.timedelta64(1, "us")).astype("datetime64[D]") - _DAY, day
@@ -140,9 +141,10 @@ def _last_known(store, rows, days):
     return np.searchsorted(known, day_numbers(rows, days), side="right") - 1 - store.first_visit[rows]
 
 
-def _at_days(labels, store, rows, over, days, no_moment, unknown=None):
+def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
     "Landmarks of rows at days, of which those up to `over` are wholly known; NaT where there is no moment."
-    ends, outcome = labels.ends, labels.outcome
+    ends, n = labels.ends, len(rows) + unknown
+    if not n: raise ValueError("rows: nobody is asked about; give at least one patient")
     there = ~np.isnat(days)
     safe, over = np.where(there, days, np.datetime64(0, "D")), np.where(there, over, np.datetime64(0, "D"))
     visits = _last_known(store, rows, over)
@@ -150,25 +152,25 @@ def _at_days(labels, store, rows, over, days, no_moment, unknown=None):
     durations = (end_days - safe) / _DAY
     checks = [(no_moment, ~there), ("no visit over by then", visits < 0), ("event on or before that day", (durations <= 0) & (types == 1)),
               ("competing event on or before that day", (durations <= 0) & (types == 2)), ("no follow-up after that day", (durations <= 0) | ~(ends.observation_ends[rows] > safe)), ("washout not over", ~washed)]
-    kept, steps = np.ones(len(rows), dtype=bool), [("moments asked about", len(rows) + (unknown or 0), "total")] + ([("patient not in the store", unknown, "excluded")] if unknown else [])
+    kept, steps = np.ones(len(rows), dtype=bool), [("moments asked about", n, "total")] + ([("patient not in the store", unknown, "excluded")] if unknown else [])
     for reason, applies in checks:
         if (kept & applies).any(): steps.append((reason, (kept & applies).sum(), "excluded"))
         kept &= ~applies
-    if not kept.any(): raise ValueError(f"no landmark is left: of {len(rows):,} moments asked about, " + ", ".join(f"{n:,}: {reason}" for reason, n, kind in steps if kind == "excluded") + ". Ask at other moments.")
+    if not kept.any(): raise ValueError(f"no landmark is left: of {n:,} moments asked about, " + ", ".join(f"{k:,}: {reason}" for reason, k, kind in steps if kind == "excluded") + ". Ask at other moments.")
     known = store.visit_known[store.first_visit[rows[kept]] + visits[kept]].astype("datetime64[D]")
     return _cut(labels, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept),
                 flow=flow_frame([*steps, ("landmarks", kept.sum(), "total")], "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #8952a3c0
+# %% ../nbs/04b_landmarks.ipynb #31ad63a8
 def at_visit(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
     number: int, # which visit, 1 for the first
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # in the order of `rows`
-    "A landmark at the k-th visit of everyone at risk there. Raises `ValueError` for a number below 1, or if nobody is."
+    "A landmark at the k-th visit of everyone at risk there. Raises `ValueError` for anything but a whole number from 1 on, or if nobody is."
     rows = _asked_rows(labels, rows)
-    if number < 1: raise ValueError(f"number: visits count from 1, got {number}")
+    if not number >= 1 or number != int(number): raise ValueError(f"number: visits count 1, 2, 3, got {number}")
     there = store.n_visits[rows] >= number
     index = store.first_visit[rows] + np.where(there, number - 1, 0)
     kept = there & labels.at_risk[index]
@@ -190,16 +192,16 @@ def at_date(
     days = np.full(len(rows), days)
     return _at_days(labels, store, rows, days, days, "no date")
 
-# %% ../nbs/04b_landmarks.ipynb #26ef7b4b
+# %% ../nbs/04b_landmarks.ipynb #209fb84b
 def at_age(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
     years: float, # age, in years of 365.25 days
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # in the order of `rows`
-    "A landmark on the first day on which a patient is so old. Raises `ValueError` for an age below 0, or if nobody is at risk."
+    "A landmark on the first day on which a patient is so old. Raises `ValueError` for an age that nobody has, or if nobody is at risk."
     rows = _asked_rows(labels, rows)
-    if not 0 <= years < math.inf: raise ValueError(f"years: expected an age of 0 or more, got {years}")
+    if not 0 <= years <= 200: raise ValueError(f"years: expected an age of 0 to 200, got {years}")
     days = store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25)
     return _at_days(labels, store, rows, days, days, "birth not known")
 
@@ -212,7 +214,7 @@ def at_elapsed(
 ) -> Landmarks: # in the order of `rows`
     "A landmark so many days after the first visit began. Raises `ValueError` for days that are no whole number of 0 or more, or if nobody is at risk."
     rows = _asked_rows(labels, rows)
-    if days < 0 or days != int(days): raise ValueError(f"days: expected a whole number, 0 or more, got {days}")
+    if not 0 <= days <= 100_000 or days != int(days): raise ValueError(f"days: expected a whole number, 0 or more (and at most 100,000), got {days}")
     moments = labels.ends.first_days[rows] + int(days)
     return _at_days(labels, store, rows, moments, moments, "no first visit")
 
@@ -236,12 +238,11 @@ def at_moments(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
     subject_ids, # (n,) ids of patients; one may come several times
-    times, # (n,) datetime64; with a clock time the day is not over, a plain day (datetime64[D]) is
+    times, # (n,) datetime64; with a clock time the day is not over, a plain day (datetime64[D], which pandas does not have) is
 ) -> Landmarks: # in the order given; `asked` says which moments they are
-    "Landmarks at given moments, such as those of a label file. Patients who are not in the store are counted. Raises `ValueError` for lengths that differ or if nobody is at risk, `TypeError` for times of another type."
-    ids, (over, days) = np.asarray(subject_ids), _moment_days(times)
+    "Landmarks at given moments, such as those of a label file. Patients who are not in the store are counted. Raises `ValueError` for lengths that differ or if nobody is at risk, `TypeError` for ids or times of another type."
+    ids, (over, days) = check_ids(subject_ids), _moment_days(times)
     if ids.shape != days.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {days.shape}")
-    if ids.dtype.kind not in "iu": raise TypeError(f"subject_ids: expected whole numbers, got {ids.dtype}")
     order = np.argsort(store.subject_ids, kind="stable")
     place = order[np.clip(np.searchsorted(store.subject_ids, ids, sorter=order), 0, len(store) - 1)]
     there = store.subject_ids[place] == ids
@@ -268,17 +269,20 @@ def choose_landmarks(
     if name == "drawn" and rows is None: rows = np.flatnonzero(labels.n_at_risk)
     return function(labels, store, *words, rows=rows, **({"seed": seed} if name in ("drawn", "spaced", "window") else {}))
 
-# %% ../nbs/04b_landmarks.ipynb #183f10c3
+# %% ../nbs/04b_landmarks.ipynb #99bdbf7c
 def last_values(
     table: EventTable, # events with numeric values
     subject_ids, # (n,) patients, such as `store.subject_ids[landmarks.rows]`
     times, # (n,) datetime64 moments, such as `landmarks.days(store)`; a plain day means its end
-    codes, # codes of the measurements
+    codes, # codes of the measurements, exact
 ) -> tuple: # two pandas frames (n, codes): the values; and the days from measurement to moment. NaN where nothing was measured by then
-    "The last numeric value of each code on or before each moment. Raises `ValueError` for a code that has no numeric value at all, or lengths that differ, `TypeError` for times of another type."
-    codes, ids, times = list(codes), np.asarray(subject_ids, dtype=np.int64), np.asarray(times)
+    "The last numeric value of each code on or before each moment. Raises `ValueError` for a code that has no numeric value at all, no code, lengths that differ, or a moment that is NaT, `TypeError` for codes, ids or times of another type."
+    if isinstance(codes, str): raise TypeError(f"codes: expected a list of codes, got text. Write [{codes!r}]")
+    codes, ids, times = list(dict.fromkeys(codes)), check_ids(subject_ids), np.asarray(times)
+    if not codes: raise ValueError("codes: expected at least one")
     over, _ = _moment_days(times)
     if ids.shape != times.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {times.shape}")
+    if np.isnat(over).any(): raise ValueError(f"times: {int(np.isnat(over).sum())} are no moments (NaT)")
     until = (over + _DAY).astype("datetime64[us]") - np.timedelta64(1, "us") if times.dtype == np.dtype("datetime64[D]") else times.astype("datetime64[us]")
     measured = table.events.filter(pl.col("code").is_in(codes) & pl.col("time").is_not_null() & pl.col("numeric_value").is_not_null())
     absent = sorted(set(codes) - set(measured["code"].unique()))

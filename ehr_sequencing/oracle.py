@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['oracle_risk', 'oracle_hazards', 'expected_brier', 'expected_auc', 'expected_concordance']
 
-# %% ../nbs/03a_oracle.ipynb #ab331962
+# %% ../nbs/03a_oracle.ipynb #aa37f097
 import numpy as np
 import polars as pl
 
-from .synthetic import PERIOD, SyntheticCohort, advance_state, death_hazard, event_hazard, visit_rate
+from .synthetic import PERIOD, SyntheticCohort, advance_state, check_ids, death_hazard, event_hazard, visit_rate
 
-# %% ../nbs/03a_oracle.ipynb #abfeca8d
+# %% ../nbs/03a_oracle.ipynb #34bf6858
 _YEAR = 365.25
 _COMPETITORS = {None: lambda state, period: 0.0, "death": death_hazard, "visit": visit_rate}
 
@@ -21,24 +21,26 @@ def _follow(state, period, left, horizons, competing, generator):
     risks, weight, elapsed = np.zeros((len(left), len(horizons))), np.ones(len(left)), np.zeros(len(left))
     while elapsed.min() < horizons.max():
         event = event_hazard(state, period) / _YEAR
-        q = np.exp(-(event + _COMPETITORS[competing](state, period) / _YEAR))
-        share = weight * -np.expm1(-event) / (1 - q)
-        for h, horizon in enumerate(horizons): risks[:, h] += share * (1 - q ** np.clip(horizon - elapsed, 0, left))
-        weight, elapsed = weight * q**left, elapsed + left
+        either = event + _COMPETITORS[competing](state, period) / _YEAR
+        share = weight * np.expm1(-event) / np.expm1(-either)
+        for h, horizon in enumerate(horizons): risks[:, h] -= share * np.expm1(-either * np.clip(horizon - elapsed, 0, left))
+        weight, elapsed = weight * np.exp(-either * left), elapsed + left
         period, left = period + 1, np.full(len(left), PERIOD)
         advance_state(state, period, generator)
     return risks
 
 
 def _find_visits(snapshots, subject_ids, times):
-    "Positions of visits among the snapshots. Raises `KeyError` if one is not there."
+    "Positions of visits among the snapshots. Raises `KeyError` if one is not there, `ValueError` unless there is a time for each patient."
+    subject_ids, times = check_ids(subject_ids), np.asarray(times if times is not None else [])
+    if subject_ids.shape != times.shape: raise ValueError(f"times: expected the start of a visit for each of the subject_ids, got shapes {subject_ids.shape} and {times.shape}")
     known = pl.DataFrame({"subject_id": snapshots["subject_id"], "time": snapshots["time"].astype("datetime64[us]")}).with_row_index("position")
-    asked = pl.DataFrame({"subject_id": np.asarray(subject_ids, dtype=np.int64), "time": np.asarray(times).astype("datetime64[us]")})
+    asked = pl.DataFrame({"subject_id": subject_ids, "time": times.astype("datetime64[us]")})
     found = asked.join(known, on=["subject_id", "time"], how="left", maintain_order="left")["position"]
     if found.null_count(): raise KeyError(f"times: {found.null_count()} of {len(asked)} are no start of a visit of their patient in this cohort, the first at position {found.is_null().arg_max()}")
     return found.to_numpy()
 
-# %% ../nbs/03a_oracle.ipynb #ce2c4fbe
+# %% ../nbs/03a_oracle.ipynb #e11a2202
 def oracle_risk(
     cohort: SyntheticCohort, # or its snapshots, as `load_truth` gives them
     subject_ids=None, # (n,) patients; every visit of the cohort if None
@@ -48,9 +50,9 @@ def oracle_risk(
     seed: int = 0, # of the futures
     competing: str | None = None, # "death" or "visit": what can come before the event; None for nothing
 ) -> np.ndarray: # (n,) for one horizon, else (n, H): true probability of the event within the horizon
-    "True risk from the latent state at a visit. Raises `KeyError` for a visit that the cohort does not have, `ValueError` for settings that make no sense."
+    "True risk from the latent state at a visit. Raises `KeyError` for a visit that the cohort does not have, `ValueError` for settings that make no sense, `TypeError` for ids that are not whole numbers."
     if competing not in _COMPETITORS: raise ValueError(f"competing: expected None, 'death' or 'visit', got {competing!r}")
-    if n_futures < 1: raise ValueError(f"n_futures: expected at least 1, got {n_futures}")
+    if not n_futures >= 1 or n_futures != int(n_futures): raise ValueError(f"n_futures: expected a whole number, at least 1, got {n_futures}")
     horizons = np.atleast_1d(np.asarray(horizon, dtype=float))
     if horizons.ndim != 1 or not ((horizons > 0) & np.isfinite(horizons)).all(): raise ValueError("horizon: expected one positive number of days, or a list of them")
     snapshots = cohort.snapshots if isinstance(cohort, SyntheticCohort) else cohort
@@ -58,10 +60,10 @@ def oracle_risk(
     generator, risks = np.random.default_rng([seed, 11]), np.empty((len(positions), len(horizons)))
     keys = set(snapshots) - {"subject_id", "time", "day", "period"}
     for begin in range(0, len(positions), 2000):  # so that memory stays small
-        chosen = np.repeat(positions[begin:begin + 2000], n_futures)
+        chosen = np.repeat(positions[begin:begin + 2000], int(n_futures))
         state, period = {k: snapshots[k][chosen] for k in keys}, snapshots["period"][chosen].astype(float)
         left = (PERIOD - 1 - snapshots["day"][chosen] % PERIOD).astype(float)
-        risks[begin:begin + 2000] = _follow(state, period, left, horizons, competing, generator).reshape(-1, n_futures, len(horizons)).mean(1)
+        risks[begin:begin + 2000] = _follow(state, period, left, horizons, competing, generator).reshape(-1, int(n_futures), len(horizons)).mean(1)
     return risks[:, 0] if np.ndim(horizon) == 0 else risks
 
 

@@ -6,9 +6,11 @@
 __all__ = ['Outcome', 'feature_exclusions', 'day_numbers', 'PatientEnds', 'patient_ends', 'VisitLabels', 'check_horizons',
            'label_visits', 'labels_of_ends', 'flow_frame', 'as_day', 'events_before', 'plot_flow']
 
-# %% ../nbs/04_outcomes.ipynb #c5a3023a
+# %% ../nbs/04_outcomes.ipynb #1b79742e
+import datetime
 import difflib
 import math
+import numbers
 import re
 from dataclasses import dataclass, replace
 
@@ -19,7 +21,7 @@ import polars as pl
 from .events import BIRTH, DEATH, OBSERVATION_END, STRUCTURAL_CODES, VISIT_END, EventTable, follow_up, sort_events
 from .sequences import SequenceStore
 
-# %% ../nbs/04_outcomes.ipynb #abdddcbb
+# %% ../nbs/04_outcomes.ipynb #a6a0d3cc
 def _suggestions(text, table):
     "Codes of the table whose code or name resembles `text`, most similar first."
     codes = [c for c in table.events["code"].unique().sort() if c not in STRUCTURAL_CODES]
@@ -42,6 +44,7 @@ def _pattern(value, name):
         parts = [p.strip() for p in value.split(";") if p.strip()]
         if not parts: raise ValueError(f"{name}: is empty. Name a code, such as SNOMED//44054006, or death.")
         for part in parts:
+            if part == "re:": raise ValueError(f"{name}: 're:' has no regular expression after it, which would mean every code. Write one, such as re:^ICD10CM//E1[0-4].")
             try: re.compile(part[3:].strip() if part.startswith("re:") else "")
             except re.error as error: raise ValueError(f"{name}: '{part}' is no regular expression ({error}). Correct it; put a backslash before a bracket that is meant as such.") from None
         return value.strip()
@@ -72,7 +75,7 @@ def _codes(pattern, table, name):
         found |= set(matches)
     return sorted(found)
 
-# %% ../nbs/04_outcomes.ipynb #2c422a77
+# %% ../nbs/04_outcomes.ipynb #0d88744b
 _OPTION = re.compile(r"\s+\|\s+(\w+)\s*=\s*")
 
 
@@ -91,7 +94,7 @@ class Outcome:
         for name, said in (("pattern", "outcome"), ("competing", "competing"), ("censored_by", "censored_by")):
             if name == "pattern" or getattr(self, name) is not None: object.__setattr__(self, name, _pattern(getattr(self, name), said))
         if self.prevalent not in ("exclude", "include"): raise ValueError(f"prevalent: expected 'exclude' or 'include', got {self.prevalent!r}")
-        if not (isinstance(self.washout_days, (int, float)) and 0 <= self.washout_days < math.inf): raise ValueError(f"washout_days: expected a number of days, 0 or more, got {self.washout_days!r}")
+        if not (isinstance(self.washout_days, numbers.Real) and 0 <= self.washout_days < math.inf): raise ValueError(f"washout_days: expected a number of days, 0 or more, got {self.washout_days!r}")
 
     @classmethod
     def from_text(cls,
@@ -202,14 +205,17 @@ class PatientEnds:
         "The washout."
         return np.timedelta64(math.ceil(self.outcome.washout_days), "D")
 
-# %% ../nbs/04_outcomes.ipynb #fd8bd1fe
+# %% ../nbs/04_outcomes.ipynb #7918ffbf
 def patient_ends(
     store: SequenceStore, # its rows are the patients
     table: EventTable, # events from which the store was built
     outcome: Outcome, # what is predicted
     before=None, # use nothing of this date or later, as in `label_visits`
 ) -> PatientEnds: # aligned with the rows of the store
-    "Find the days of events, competing events and censoring. Raises `ValueError` if the store has patients that the table lacks."
+    "Find the days of events, competing events and censoring. Raises `ValueError` if the store has patients that the table lacks, `TypeError` for an outcome that is only text."
+    if not isinstance(outcome, Outcome): raise TypeError(f"outcome: expected an Outcome, such as Outcome('death', washout_days=90), got {type(outcome).__name__}")
+    absent = int((~np.isin(store.subject_ids, table.events["subject_id"].unique().to_numpy())).sum())
+    if absent: raise ValueError(f"table: {absent} of {len(store)} patients of the store are not in it. Give the table from which the store was built.")
     codes, (competing, censoring) = outcome.codes(table), outcome.ending_codes(table)
     if before is not None: table, before = events_before(table, before), as_day(before, "before")
     rows = pl.DataFrame({"subject_id": store.subject_ids}).with_row_index("row")
@@ -224,14 +230,12 @@ def patient_ends(
     events = days_of(codes)
     if outcome.prevalent == "exclude": events = events.unique("row", keep="first", maintain_order=True)
     people = rows.join(follow_up(table.events), on="subject_id", how="left", maintain_order="left")
-    absent = people["observation_end"].null_count() if before is None else 0
-    if absent: raise ValueError(f"table: {absent} of {len(store)} patients of the store have no observation in it. Give the table from which the store was built.")
     first_days, observed = _days(store.visit_starts[store.first_visit[:-1]]), _days(people["observation_end"].to_numpy())
     observed = np.where(np.isnat(observed), first_days, observed)  # of who comes later nothing was observed
     return PatientEnds(outcome, first_days, events["row"].to_numpy().astype(np.int64), _days(events["day"].to_numpy()), first_of(competing), first_of(censoring),
                        observed, people["death"].is_not_null().to_numpy(), before)
 
-# %% ../nbs/04_outcomes.ipynb #19e778d6
+# %% ../nbs/04_outcomes.ipynb #98acce43
 @dataclass
 class VisitLabels:
     "Labels of every visit of a store, and of every patient. Make them with `label_visits`."
@@ -254,7 +258,8 @@ def check_horizons(
     horizons, # days
 ) -> tuple: # of floats
     "Horizons as a tuple. Raises `ValueError` unless they are positive and increasing."
-    horizons = tuple(float(h) for h in np.atleast_1d(horizons))
+    try: horizons = tuple(float(h) for h in np.atleast_1d(horizons))
+    except (TypeError, ValueError): raise ValueError(f"horizons: expected increasing positive days, got {type(horizons).__name__}") from None
     if not horizons or not horizons[0] > 0 or not all(a < b < math.inf for a, b in zip(horizons, (*horizons[1:], 1e99))): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
     return horizons
 
@@ -334,15 +339,16 @@ def _patient_flow(store, labels, patient_types, n_patients):
     steps += [("without it, died", (without & labels.ends.deaths).sum(), "part"), ("without it, not known to have died", (without & ~labels.ends.deaths).sum(), "part")]
     return flow_frame(steps)
 
-# %% ../nbs/04_outcomes.ipynb #35c900ae
+# %% ../nbs/04_outcomes.ipynb #728d721c
 def as_day(
     date, # datetime.date, datetime.datetime, numpy datetime64, or text such as 2015-01-01
     name: str = "date", # of the argument, for the message
 ) -> np.datetime64: # day
-    "A calendar day. Raises `ValueError`."
-    try: day = np.datetime64(str(date) if not isinstance(date, np.datetime64) else date, "D")
+    "A calendar day; of a time with a zone, the day there. Raises `ValueError`."
+    text = date.isoformat()[:10] if isinstance(date, datetime.date) else str(date)
+    try: day = np.datetime64(date if isinstance(date, np.datetime64) else text, "D")
     except ValueError: day = np.datetime64("NaT")
-    if np.isnat(day) or (isinstance(date, str) and len(date) < 8): raise ValueError(f"{name}: expected a date such as 2015-01-01, got {str(date)[:20]!r}")
+    if np.isnat(day) or not (isinstance(date, np.datetime64) or re.match(r"\d{4}-\d\d-\d\d", text)): raise ValueError(f"{name}: expected a date such as 2015-01-01, got {str(date)[:20]!r}")
     return day
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANTED_CODE', 'PlantedOutcome', 'plant_outcome']
 
-# %% ../nbs/03b_planted.ipynb #447f4dc1
+# %% ../nbs/03b_planted.ipynb #6a55e965
 import dataclasses
 from dataclasses import dataclass
 
@@ -14,8 +14,9 @@ import polars as pl
 from scipy.special import log_ndtr, ndtr
 
 from .events import STRUCTURAL_CODES, EventTable, event_table, follow_up, visit_table
+from .synthetic import check_ids
 
-# %% ../nbs/03b_planted.ipynb #9bc54069
+# %% ../nbs/03b_planted.ipynb #15ca5bc5
 PLANTED_CODE = "PLANTED//EVENT"
 
 
@@ -39,18 +40,21 @@ class PlantedOutcome:
 
     def risk(self,
         subject_ids, # (n,) patients
-        horizon: float, # tau, days
+        horizon: float, # tau, days, one positive number
         times=None, # (n,) moments of the question, datetime64; the landmark if None. Questions before the landmark are refused
     ) -> np.ndarray: # (n,) true probability of the event within the horizon
-        "True risk of a patient without the event so far. Raises `KeyError` for unknown patients, `ValueError` for a moment before the landmark."
-        asked = pl.DataFrame({"subject_id": np.asarray(subject_ids, dtype=np.int64)}).join(self.people, on="subject_id", how="left", maintain_order="left")
+        "True risk of a patient without the event so far. Raises `KeyError` for unknown patients, `ValueError` for a moment before the landmark, no moment, or a horizon that is no positive number, `TypeError` for ids that are not whole numbers."
+        if np.ndim(horizon) or not 0 < horizon < np.inf: raise ValueError(f"horizon: expected one positive number of days, got {horizon}")
+        asked = pl.DataFrame({"subject_id": check_ids(subject_ids)}).join(self.people, on="subject_id", how="left", maintain_order="left")
         if asked["score"].null_count(): raise KeyError(f"subject_ids: {asked['score'].null_count()} of {len(asked)} have no planted outcome (no visit, or not in the table)")
+        if times is not None and np.shape(times) != (len(asked),): raise ValueError(f"times: expected one moment for each of the {len(asked)} subject_ids, got shape {np.shape(times)}")
         elapsed = np.zeros(len(asked)) if times is None else (np.asarray(times).astype("datetime64[us]") - asked["landmark"].to_numpy()) / np.timedelta64(1, "D")
+        if np.isnan(elapsed).any(): raise ValueError(f"times: {int(np.isnan(elapsed).sum())} are no moments (NaT)")
         if (elapsed < 0).any(): raise ValueError(f"times: {int((elapsed < 0).sum())} lie before the landmark, when the history that sets the risk was not complete; ask later, or shorten history_days")
         scores = asked["score"].to_numpy()
         return -np.expm1(self.log_survival(scores, elapsed + horizon) - self.log_survival(scores, elapsed))
 
-# %% ../nbs/03b_planted.ipynb #217d4ad7
+# %% ../nbs/03b_planted.ipynb #f0d45be0
 def _standardise(x): return (x - x.mean()) / s if (s := x.std()) > 0 else np.zeros(len(x))
 
 
@@ -58,7 +62,7 @@ def _histories(table, history_days):
     "Per patient: the landmark, and comorbidity, frequency and diversity of the first `history_days` days."
     events = table.events.filter(pl.col("time").is_not_null() & ~pl.col("code").is_in(STRUCTURAL_CODES))
     visits = visit_table(table.events)
-    first = visits.group_by("subject_id").agg(begin=pl.col("start").min().dt.truncate("1d")).with_columns(landmark=pl.col("begin") + pl.duration(days=history_days))
+    first = visits.group_by("subject_id").agg(begin=pl.col("start").min().dt.truncate("1d")).with_columns(landmark=pl.col("begin") + pl.duration(days=int(history_days)))
     seen = visits.join(first, on="subject_id").filter(pl.col("known") < pl.col("landmark")).group_by("subject_id").agg(frequency=pl.len())
     codes = (events.join(first, on="subject_id").filter(pl.col("time") < pl.col("landmark")).group_by("subject_id", "code").agg(days=pl.col("time").dt.date().n_unique())
              .group_by("subject_id").agg(comorbidity=(pl.col("days") > 1).sum(), diversity=pl.len()))
@@ -70,7 +74,7 @@ def plant_outcome(
     correlation: float = -0.5, # r, between score and log time, in (-1, 1)
     median_days: float = 1095, # m, of the time from the landmark to the event
     spread: float = 1.0, # sigma, of log time
-    history_days: int = 365, # length of the history that sets the risk
+    history_days: int = 365, # length of the history that sets the risk, whole days
     weights=(1.0, 1.0, 1.0), # of comorbidity, frequency and diversity
     seed: int = 0, # of the times
 ) -> PlantedOutcome: # records with the outcome, and the truth
@@ -78,6 +82,7 @@ def plant_outcome(
     if not -1 < correlation < 1: raise ValueError(f"correlation: expected a number between -1 and 1, both excluded, got {correlation}")
     for name, value in (("median_days", median_days), ("spread", spread), ("history_days", history_days)):
         if not 0 < value < np.inf: raise ValueError(f"{name}: expected a positive number, got {value}")
+    if history_days != int(history_days): raise ValueError(f"history_days: expected whole days, got {history_days}")
     if len(weights) != 3 or min(weights) < 0 or not sum(weights) > 0: raise ValueError(f"weights: expected three numbers of 0 or more, of comorbidity, frequency and diversity, got {weights}")
     if (table.events["code"] == PLANTED_CODE).any(): raise ValueError(f"table: already holds {PLANTED_CODE}; plant into the records as they were")
     people = _histories(table, history_days)
@@ -86,7 +91,7 @@ def plant_outcome(
     score = _standardise(sum(w * part for w, part in zip(weights, parts)))
     if not score.any(): raise ValueError("table: all histories are alike, so that a score cannot tell patients apart; use a longer history_days")
     noise = np.random.default_rng([seed, 13]).normal(size=len(score))
-    days = median_days * np.exp(spread * (correlation * score + np.sqrt(1 - correlation**2) * noise))
+    days = np.exp(np.minimum(np.log(median_days) + spread * (correlation * score + np.sqrt(1 - correlation**2) * noise), 700))  # no overflow
     people = people.with_columns(score=score, days=days).select("subject_id", "landmark", "comorbidity", "frequency", "diversity", "score", "days")
     return PlantedOutcome(_write_events(table, people), people, correlation, median_days, spread)
 

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['PARTS', 'split_dates', 'split_patients', 'fold_patients']
 
-# %% ../nbs/04c_splits.ipynb #5eea0b5c
+# %% ../nbs/04c_splits.ipynb #a1f2fc8c
 import numpy as np
+import pandas as pd
 
 from .outcomes import VisitLabels, as_day
 from .sequences import SequenceStore
 
-# %% ../nbs/04c_splits.ipynb #8e557ef7
+# %% ../nbs/04c_splits.ipynb #6d77f916
 PARTS = ("train", "validation", "test")
 
 
 def _check_fractions(fractions):
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9: raise ValueError(f"fractions: expected three positive numbers that add up to 1, got {fractions}")
+    if len(fractions) != 3 or not all(f > 0 for f in fractions) or not abs(sum(fractions) - 1) < 1e-9: raise ValueError(f"fractions: expected three positive numbers that add up to 1, got {fractions}")
 
 
 def _parts(labels, part, remedy):
@@ -37,7 +38,7 @@ def _random_part(labels, generator, fractions, stratified):
         for i, piece in enumerate(np.split(group, np.round(np.cumsum(fractions)[:2] * len(group)).astype(int))): part[piece] = i
     return part
 
-# %% ../nbs/04c_splits.ipynb #7cc306d2
+# %% ../nbs/04c_splits.ipynb #10e1e68f
 def _deal(sizes, order, target):
     "The part of each group: in this order, each to the part that lacks the most; the last ones to parts still empty."
     have, part_of = np.zeros(3), np.zeros(len(sizes), dtype=np.int64)
@@ -52,6 +53,8 @@ def _group_part(labels, groups, generator, fractions):
     "The part of each row, with whole groups in one part."
     if groups is None or len(groups) != len(labels.n_at_risk): raise ValueError(f"groups: expected one for each of the {len(labels.n_at_risk)} rows of the store, got {'none' if groups is None else len(groups)}")
     analysed = np.flatnonzero(labels.n_at_risk)
+    unknown = pd.isna(np.asarray(groups)[analysed])
+    if unknown.any(): raise ValueError(f"groups: {unknown.sum()} of {len(analysed)} patients at risk have none. Give each a group of its own, or leave these patients out of the store.")
     names, of_row = np.unique(np.asarray(groups)[analysed], return_inverse=True)
     if len(names) < 3: raise ValueError(f"groups: three parts need three groups at least, and the patients at risk have {len(names)}. Split by patient, or use a finer group.")
     sizes, target = np.bincount(of_row), np.asarray(fractions) * len(analysed)
@@ -61,19 +64,29 @@ def _group_part(labels, groups, generator, fractions):
     return part
 
 
+def _patient_days(labels, days):
+    "The day by which each row is divided: of the first visit, unless others are given."
+    days = labels.ends.first_days if days is None else np.asarray(days)
+    if len(days) != len(labels.n_at_risk): raise ValueError(f"days: expected one for each of the {len(labels.n_at_risk)} rows of the store, got {len(days)}")
+    if days.dtype.kind != "M": raise TypeError(f"days: expected datetime64 values, got {days.dtype}")
+    return days.astype("datetime64[D]")
+
+
 def split_dates(
     labels: VisitLabels, # of the patients
     fractions=(0.6, 0.15, 0.25), # training, validation, test
     days=None, # (N,) datetime64[D] of each row; the day of the first visit if None
 ) -> tuple: # two datetime64[D]: validation begins, test begins
-    "Dates that divide the patients at risk nearly in these fractions. Raises `ValueError` if they have too few different days."
+    "Dates that divide the patients at risk who have a day nearly in these fractions. Raises `ValueError` if they have too few different days, `TypeError` for days of another type."
     _check_fractions(fractions)
-    days = np.sort((labels.ends.first_days if days is None else np.asarray(days).astype("datetime64[D]"))[labels.n_at_risk > 0])
+    days = _patient_days(labels, days)[labels.n_at_risk > 0]
+    days = np.sort(days[~np.isnat(days)])
+    if not len(days): raise ValueError("days: no patient at risk has one")
     cuts = [days[min(int(round(f * len(days))), len(days) - 1)] for f in np.cumsum(fractions)[:2]]
     if not days[0] < cuts[0] < cuts[1]: raise ValueError("dates: the patients at risk have too few different days to be divided by date in these fractions. Give two dates.")
     return tuple(cuts)
 
-# %% ../nbs/04c_splits.ipynb #8de8f147
+# %% ../nbs/04c_splits.ipynb #84154175
 def split_patients(
     labels: VisitLabels, # of the patients to split
     seed: int = 0, # of the split, where it is random
@@ -81,7 +94,7 @@ def split_patients(
     method: str = "stratified", # "stratified", "random", "group", "date" or "stored"
     groups=None, # (N,) group of each row of the store, for "group"
     dates=None, # two dates (validation begins, test begins), for "date"; from the fractions if None
-    days=None, # (N,) datetime64[D] of each row, for "date"; the day of the first visit if None
+    days=None, # (N,) datetime64 of each row, for "date", NaT for patients in no part; the day of the first visit if None
     store: SequenceStore | None = None, # for "stored"
 ) -> dict: # "train", "validation", "test" -> sorted rows of the store
     """Divide the patients at risk; every method gives each patient to one part at most.
@@ -92,24 +105,24 @@ def split_patients(
     if method in ("stratified", "random"): return _parts(labels, _random_part(labels, generator, fractions, method == "stratified"), common)
     if method == "group": return _parts(labels, _group_part(labels, groups, generator, fractions), "Use another seed or more groups, or split by patient.")
     if method == "date":
-        dates = split_dates(labels, fractions, days) if dates is None else tuple(as_day(d, "dates") for d in dates)
+        dates = split_dates(labels, fractions, days) if dates is None else tuple(as_day(d, "dates") for d in ([dates] if isinstance(dates, str) else dates))
         if len(dates) != 2 or not dates[0] < dates[1]: raise ValueError("dates: expected two, the day on which validation begins and a later one on which test does")
-        days = labels.ends.first_days if days is None else np.asarray(days).astype("datetime64[D]")
-        if len(days) != len(labels.n_at_risk): raise ValueError(f"days: expected one for each of the {len(labels.n_at_risk)} rows of the store, got {len(days)}")
+        days = _patient_days(labels, days)
         return _parts(labels, np.where(np.isnat(days), -1, (days >= dates[0]).astype(int) + (days >= dates[1])), "Choose other dates.")
     if method == "stored":
         if store is None or (store.splits < 0).all(): raise ValueError("store: no split is stored with these sequences, or the store was not given. Use method 'stratified'.")
+        if len(store) != len(labels.n_at_risk): raise ValueError(f"store: has {len(store)} rows, the labels {len(labels.n_at_risk)}. Give the store of the labels.")
         return _parts(labels, store.splits.astype(int), "Use method 'stratified' instead of the split of the source.")
     raise ValueError(f"method: '{method}' is unknown; expected stratified, random, group, date or stored")
 
-# %% ../nbs/04c_splits.ipynb #7a68272c
+# %% ../nbs/04c_splits.ipynb #f9f76322
 def fold_patients(
     labels: VisitLabels, # of the patients
     n_folds: int = 5, # how many
     seed: int = 0, # of the draw
 ) -> np.ndarray: # (N,) int64: fold of each row of the store, 0 to n_folds - 1; -1 for patients never at risk
     "Deal the patients at risk out to folds, with and without the event separately. Raises `ValueError` if a fold would have none with the event or none without."
-    if n_folds < 2: raise ValueError(f"n_folds: expected 2 or more, got {n_folds}")
+    if not n_folds >= 2 or n_folds != int(n_folds): raise ValueError(f"n_folds: expected a whole number, 2 or more, got {n_folds}")
     generator, folds = np.random.default_rng(seed), np.full(len(labels.n_at_risk), -1)
     for has_event in (True, False):
         group = generator.permutation(np.flatnonzero((labels.n_at_risk > 0) & (labels.event_indicators == has_event)))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'OUTCOME_CODE', 'PERIOD', 'N_STAGES', 'CODES', 'CHUNK', 'Condition', 'event_hazard', 'advance_state',
-           'visit_rate', 'death_hazard', 'draw_people', 'SyntheticCohort', 'simulate_cohort', 'write_cohort',
-           'load_truth']
+           'visit_rate', 'death_hazard', 'draw_people', 'check_ids', 'SyntheticCohort', 'simulate_cohort',
+           'write_cohort', 'load_truth']
 
-# %% ../nbs/03_synthetic.ipynb #f179bd03
+# %% ../nbs/03_synthetic.ipynb #7e53beca
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,12 @@ from . import __version__
 from .events import BIRTH, DEATH, OBSERVATION_END, SPLITS, EventTable, event_table
 from .jobs import whole_folder, workers
 
-# %% ../nbs/03_synthetic.ipynb #5985cd02
+# %% ../nbs/03_synthetic.ipynb #1aef90c5
 @dataclass(frozen=True)
 class Condition:
     "A chronic condition: how it begins and advances, what it writes into records, and what it does to the hazard of the outcome."
     codes: tuple # of stages 1, 2 and 3
-    incidence: float # new cases a person-year at age 60
+    incidence: float # new cases a person-year in men of 60 without other conditions
     rise: float # ratio of incidence a decade of age
     women: float # incidence in women relative to men
     progression: float # rate a year of going from one stage to the next
@@ -113,10 +114,10 @@ def advance_state(
     state["infected"] = np.where(infected, period, state["infected"]).astype(np.float32)
     state["stage"] = stage + moves.astype(np.int8)
 
-# %% ../nbs/03_synthetic.ipynb #79a68475
+# %% ../nbs/03_synthetic.ipynb #477ad38f
 def visit_rate(
     state: dict, # arrays over people
-    period: int, # number of the period
+    period, # number of the period, or an array (n,)
 ) -> np.ndarray: # (n,) visits a year
     "Visits come oftener in the sick, and in some people than in others; in a period with pneumonia four of five people come at least once."
     sick = 1.1 + 0.55 * state["stage"].sum(1)
@@ -127,17 +128,18 @@ def death_hazard(
     state: dict, # arrays over people
     period, # number of the period, or an array (n,)
 ) -> np.ndarray: # (n,) hazard of death a year
-    "Gompertz: twice as high every seven years, and 15 % higher for each stage of each condition."
-    return 0.0035 * np.exp(0.095 * (state["age"] + period * PERIOD / _YEAR - 60) + np.log(1.15) * state["stage"].sum(1))
+    "Gompertz: twice as high about every seven years, and 15 % higher for each stage of each condition; times the factor `mortality`."
+    return state["mortality"] * 0.0035 * np.exp(0.095 * (state["age"] + period * PERIOD / _YEAR - 60) + np.log(1.15) * state["stage"].sum(1))
 
 
 def draw_people(
     n: int, # how many
     generator: np.random.Generator, # source of chance
     hazard_ratio: float = 1.0, # factor on everybody's hazard of the outcome
+    mortality: float = 1.0, # factor on everybody's hazard of death
 ) -> dict: # state at the start of observation
     "People of 45 to 85, with what they have acquired since they were 30. The past goes by in steps of a year."
-    state = {"age": generator.uniform(45, 85, n).astype(np.float32), "male": generator.integers(0, 2, n), "log_frailty": generator.normal(0, 0.3, n), "log_ratio": np.full(n, math.log(hazard_ratio)), "attendance": np.exp(generator.normal(0, 0.4, n)),
+    state = {"age": generator.uniform(45, 85, n).astype(np.float32), "male": generator.integers(0, 2, n), "log_frailty": generator.normal(0, 0.3, n), "log_ratio": np.full(n, math.log(hazard_ratio)), "mortality": np.full(n, float(mortality)), "attendance": np.exp(generator.normal(0, 0.4, n)),
              "onset": np.full((n, len(_NAMES)), np.inf, dtype=np.float32), "stage": np.zeros((n, len(_NAMES)), dtype=np.int8), "treated": np.full((n, len(_NAMES)), np.inf, dtype=np.float32), "infected": np.full(n, -np.inf, dtype=np.float32)}
     for year in range(55, 0, -1):
         adult = np.flatnonzero(state["age"] - year >= 30)
@@ -147,13 +149,13 @@ def draw_people(
         for key, value in now.items(): state[key][adult] = value
     return state
 
-# %% ../nbs/03_synthetic.ipynb #11d33898
+# %% ../nbs/03_synthetic.ipynb #392d70bf
 _SYMPTOMS = {  # code -> how often it is noted, and how much oftener for each stage of some conditions
     "ICD10CM//R06.02": (0.02, {"heart disease": 0.06, "COPD": 0.06, "asthma": 0.03}), "ICD10CM//R60.0": (0.02, {"heart disease": 0.06, "kidney disease": 0.03}),
     "ICD10CM//R53.83": (0.05, {"heart disease": 0.03, "depression": 0.04, "kidney disease": 0.02}), "ICD10CM//R42": (0.03, {"hypertension": 0.015})}
 _CODED = np.array([0.45, 0.6, 0.6, 0.08, 0.55, 0.45, 0.4, 0.6], dtype=np.float32)  # chance that a visit codes a condition that is there
 _PNEUMONIA = "ICD10CM//J18.9"
-_ACUTE = [f"ICD10CM//{'ABGHKLNRSTZ'[i % 11]}{10 + i // 11:02d}.{i % 7}" for i in range(300)]  # complaints without consequence
+_ACUTE = [f"ICD10CM//{'ABGHKLMRSTZ'[i % 11]}{10 + i // 11:02d}.{i % 7}" for i in range(300)]  # complaints without consequence, made up in the form of the classification
 _VISITS = ("VISIT//outpatient", "VISIT//emergency")
 CODES = [c for k in CONDITIONS.values() for c in (*k.codes, k.drug, k.lab[0], k.check)] + [*_SYMPTOMS, _PNEUMONIA, *_VISITS, *_ACUTE, OUTCOME_CODE, BIRTH, DEATH, OBSERVATION_END, "GENDER//M", "GENDER//F"]
 _CODE_ID = {code: i for i, code in enumerate(CODES)}
@@ -184,16 +186,16 @@ def _record(state, period, generator):
     for chance in (0.5, 0.2): add(chance, _CODE_ID[_ACUTE[0]] + np.minimum(generator.zipf(1.5, n) - 1, len(_ACUTE) - 1))
     return tuple(np.concatenate([e[i] for e in entries]) for i in range(3))
 
-# %% ../nbs/03_synthetic.ipynb #563b9374
+# %% ../nbs/03_synthetic.ipynb #00215b91
 def _waiting_day(hazard, generator):
     "Day 0, 1, ... on which an event of this hazard a year happens; days are independent."
     return np.floor(generator.exponential(1.0, len(hazard)) * _YEAR / hazard)
 
 
-def _live(state, end, n_periods, generator, mortality):
+def _live(state, end, generator):
     "Run people through observation. Returns visits (person, day, state), outcomes, deaths (person, day), and the sum of true event probabilities."
     people, visits, outcomes, deaths, expected = np.arange(len(end)), [], [], [], 0.0
-    for period in range(n_periods):
+    for period in range(int(end.max()) // PERIOD + 1):
         on = end[people] >= period * PERIOD
         people, state = people[on], {k: v[on] for k, v in state.items()}
         if not len(people): break
@@ -201,7 +203,8 @@ def _live(state, end, n_periods, generator, mortality):
         hazard = event_hazard(state, period)
         last = np.minimum(end[people] - period * PERIOD, PERIOD - 1)  # last day of this period under observation
         event = _waiting_day(hazard, generator)
-        death = _waiting_day(death_hazard(state, period) * mortality, generator) if mortality else np.full(len(people), np.inf)
+        dying = death_hazard(state, period)
+        death = _waiting_day(dying, generator) if dying.all() else np.full(len(people), np.inf)  # a world without death
         expected += float(-np.expm1(-hazard / _YEAR * (np.minimum(last, death) + 1)).sum())
         happens, dies = (event <= last) & (event <= death), (death <= last) & (death < event)
         who = np.repeat(np.arange(len(people)), generator.poisson(visit_rate(state, period) * PERIOD / _YEAR))
@@ -216,8 +219,19 @@ def _live(state, end, n_periods, generator, mortality):
         people, state = people[on], {k: v[on] for k, v in state.items()}
     return visits, outcomes, deaths, expected
 
-# %% ../nbs/03_synthetic.ipynb #7b5329ca
+# %% ../nbs/03_synthetic.ipynb #8702ef95
 CHUNK = 10_000  # people simulated at a time, each chunk from a seed of its own
+
+
+def check_ids(
+    subject_ids, # (n,) ids of patients
+) -> np.ndarray: # (n,) int64
+    "Ids as 64-bit integers, never through floating point. Raises `TypeError` for anything but whole numbers, `ValueError` for one past 64 bits with a sign."
+    ids = np.asarray(subject_ids)
+    if not ids.size: return np.zeros(ids.shape, dtype=np.int64)
+    if ids.dtype.kind not in "iu": raise TypeError(f"subject_ids: expected whole numbers, got {ids.dtype}")
+    if ids.max() > np.iinfo(np.int64).max: raise ValueError("subject_ids: expected 64-bit integers with a sign; some are too large")
+    return ids.astype(np.int64)
 
 
 def _together(pieces, i): return np.concatenate([p[i] for p in pieces])
@@ -226,12 +240,12 @@ def _together(pieces, i): return np.concatenate([p[i] for p in pieces])
 def _simulate_chunk(n, seed, chunk, years, mortality, hazard_ratio):
     "Events (polars) and truth (dict of arrays over visits) of one chunk of people, and the expected number of outcomes."
     generator = np.random.default_rng([seed, chunk, 3])
-    state = draw_people(n, generator, hazard_ratio)
+    state = draw_people(n, generator, hazard_ratio, mortality)
     start = np.datetime64("2000-01-01", "D") + generator.integers(0, 3650, n)
     born = start - np.round(state["age"] * _YEAR).astype(int)
     end = np.minimum(math.floor(years * _YEAR), (_YEAR * (1 + generator.exponential(10, n))).astype(int))
     sexes = np.where(state["male"] == 1, _CODE_ID["GENDER//M"], _CODE_ID["GENDER//F"])
-    visits, outcomes, deaths, expected = _live(state, end, math.ceil(years * _YEAR / PERIOD), generator, mortality)
+    visits, outcomes, deaths, expected = _live(state, end, generator)
     who, day, period = (_together(visits, i) for i in range(3))
     order = np.lexsort((day, who))
     who, day, period = who[order], day[order], period[order]
@@ -250,7 +264,7 @@ def _simulate_chunk(n, seed, chunk, years, mortality, hazard_ratio):
     truth |= {"subject_id": who + chunk * CHUNK, "time": (start[who] + day).astype("datetime64[us]"), "day": day, "period": period}
     return pl.concat([sex, frame]).sort("subject_id", "time", maintain_order=True, nulls_last=False), truth, expected
 
-# %% ../nbs/03_synthetic.ipynb #7e6a0ea0
+# %% ../nbs/03_synthetic.ipynb #1b357c9d
 @dataclass
 class SyntheticCohort:
     "Simulated events and the latent state behind every visit."
@@ -260,7 +274,9 @@ class SyntheticCohort:
 
 
 def _chunks(num_patients, seed, years, mortality, hazard_ratio):
-    "Numbers of people in each chunk. Raises `ValueError` for settings that make no sense."
+    "Numbers of people in each chunk. Raises `ValueError` for settings that make no sense, `TypeError` for numbers that are not whole."
+    for name, value in (("num_patients", num_patients), ("seed", seed)):
+        if not isinstance(value, numbers.Integral): raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
     if num_patients < 1: raise ValueError(f"num_patients: expected at least 1, got {num_patients}")
     if seed < 0: raise ValueError(f"seed: expected 0 or more, got {seed}")
     if not 0 < years <= 40: raise ValueError(f"years: expected more than 0 and at most 40 years of observation, got {years}")
@@ -276,18 +292,24 @@ def simulate_cohort(
     mortality: float = 1.0, # factor on the hazard of death; 0 for a world without death
     hazard_ratio: float = 1.0, # factor on the hazard of the outcome; more than 1 for people referred to a heart clinic
 ) -> SyntheticCohort: # events, and the truth behind them
-    "Simulate people until the outcome, death, or the end of observation. Raises `ValueError` for settings that make no sense."
+    "Simulate people until the outcome, death, or the end of observation. Raises `ValueError` for settings that make no sense, `TypeError` for numbers that are not whole."
     options = seed, years, mortality, hazard_ratio
     chunks = [_simulate_chunk(n, seed, i, *options[1:]) for i, n in enumerate(_chunks(num_patients, *options))]
     events = event_table(pl.concat([c[0] for c in chunks]), "synthetic cohort")
     table = EventTable(events, _NAMES_OF_CODES, source="synthetic", format="synthetic")
     return SyntheticCohort(table, {k: np.concatenate([c[1][k] for c in chunks]) for k in chunks[0][1]}, sum(c[2] for c in chunks))
 
-# %% ../nbs/03_synthetic.ipynb #ec27f61b
+# %% ../nbs/03_synthetic.ipynb #d036300e
 _SPLIT_OF_TEN = ("train",) * 7 + ("tuning",) + ("held_out",) * 2
 
 
 def _split_of(subject_ids): return np.array(_SPLIT_OF_TEN)[np.asarray(subject_ids) % 10]
+
+
+def _write(frame, path):
+    "Write a Parquet file. Raises `OSError` where the disk does not take it."
+    try: frame.write_parquet(path)
+    except pl.exceptions.PolarsError as error: raise OSError(f"{path}: {str(error).rpartition(': ')[2]}") from None
 
 
 def _write_chunk(job, seed, years, mortality, hazard_ratio, folder):
@@ -297,9 +319,9 @@ def _write_chunk(job, seed, years, mortality, hazard_ratio, folder):
     remainder = pl.col("subject_id") % 10
     for split in SPLITS:
         part = events.filter(remainder.is_in([i for i, s in enumerate(_SPLIT_OF_TEN) if s == split]))
-        if len(part): part.write_parquet(folder/"data"/split/f"{chunk}.parquet")
+        if len(part): _write(part, folder/"data"/split/f"{chunk}.parquet")
     frame = pl.DataFrame({k: v for k, v in truth.items() if v.ndim == 1} | {f"{k} {name}": truth[k][:, i] for k in ("onset", "stage", "treated") for i, name in enumerate(_NAMES)})
-    frame.write_parquet(folder/"truth"/f"{chunk}.parquet")
+    _write(frame, folder/"truth"/f"{chunk}.parquet")
     return len(events), len(frame), events.filter(pl.col("code") == OUTCOME_CODE).height
 
 
@@ -313,7 +335,7 @@ def write_cohort(
     n_jobs: int | None = None, # processes; one for each core if None
     show_progress: bool = True, # a bar, or lines where there is no terminal
 ) -> dict: # counts of patients, events, visits and outcomes
-    "Simulate a cohort straight to files in the MEDS layout. Raises `ValueError` as `simulate_cohort`, and `FileExistsError` if the folder is there."
+    "Simulate a cohort straight to files in the MEDS layout. Raises as `simulate_cohort` does, `FileExistsError` if the folder is there, and `OSError` where the disk is full."
     options = seed, years, mortality, hazard_ratio
     jobs = list(enumerate(_chunks(num_patients, *options)))
     if n_jobs is not None and n_jobs < 1: raise ValueError(f"n_jobs: expected at least 1 process, got {n_jobs}")
@@ -324,13 +346,14 @@ def write_cohort(
         _write_metadata(unfinished/"metadata", num_patients, options)
     return {"patients": num_patients, **{name: sum(c[i] for c in counts) for i, name in enumerate(("events", "visits", "outcomes"))}}
 
-# %% ../nbs/03_synthetic.ipynb #72e36f0b
+# %% ../nbs/03_synthetic.ipynb #a2535bda
 def _write_metadata(folder, num_patients, options):
     "What MEDS asks for beside the data: codes, splits, and where the data come from."
     people = np.arange(num_patients)
-    pl.DataFrame({"subject_id": people, "split": _split_of(people)}).write_parquet(folder/"subject_splits.parquet")
+    _write(pl.DataFrame({"subject_id": people, "split": _split_of(people)}), folder/"subject_splits.parquet")
     names = [_NAMES_OF_CODES.get(code) for code in CODES]
-    pl.DataFrame({"code": CODES, "description": names, "parent_codes": [[]] * len(CODES)}, schema_overrides={"parent_codes": pl.List(pl.String)}).unique("code", keep="first", maintain_order=True).write_parquet(folder/"codes.parquet")
+    codes = pl.DataFrame({"code": CODES, "description": names, "parent_codes": [[]] * len(CODES)}, schema_overrides={"parent_codes": pl.List(pl.String)})
+    _write(codes.unique("code", keep="first", maintain_order=True), folder/"codes.parquet")
     settings = dict(zip(("seed", "years", "mortality", "hazard_ratio"), options))
     (folder/"dataset.json").write_text(json.dumps({"dataset_name": "synthetic heart failure", "dataset_version": __version__, "etl_name": "ehr_sequencing", "etl_version": __version__, "meds_version": "0.4.0", "settings": settings}, indent=1), encoding="utf-8")
 

@@ -142,7 +142,7 @@ def test_person_periods_have_the_likelihood_of_bins(pairs, horizons, seed):
     assert (terms[~asked] == 0).all()
     yes, known = within_horizons(durations, types, horizons)
     for i, (d, k) in enumerate(pairs):
-        for j, tau in enumerate(horizons): assert (yes[i, j], known[i, j]) == (k == 1 and d <= tau, k > 0 or d >= tau)
+        for j, tau in enumerate(horizons): assert (yes[i, j], known[i, j]) == (k == 1 and 0 < d <= tau, d > 0 and (k > 0 or d >= tau))
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,6 +213,19 @@ def test_a_label_file_brings_back_the_visits(tmp_path):
     yes, known = (a[:, 0] for a in within_horizons(marks.durations, marks.event_types, 5))
     assert (back.visits == marks.visits[known]).all() and (back.rows == marks.rows[known]).all() and (back.elapsed == 0).all()
     assert read["boolean_value"].to_list() == yes[known].tolist()
+
+
+def test_two_visits_of_one_day_have_one_label(tmp_path):
+    rows = [(1, 0, "visit", 1), (1, 0, "visit", 2), (1, 9, "F", None), (1, 20, "visit", 3), (2, 0, "visit", 4), (2, 30, "visit", 5)]
+    frame = pl.DataFrame([(s, BEGIN + datetime.timedelta(days=d), c, v) for s, d, c, v in rows], schema=["subject_id", "time", "code", "visit_id"], orient="row")
+    table = EventTable(event_table(frame))
+    store = build_store(table, Vocabulary(list(SPECIAL_TOKENS)))
+    marks = at_each_visit(label_visits(store, table, Outcome("F")), store)
+    assert len(marks) == 3 and (marks.days(store) == np.datetime64(BEGIN, "D")).all()
+    counted = write_meds_labels(tmp_path / "labels.parquet", marks, store, 10)
+    assert read_meds_labels(tmp_path / "labels.parquet")["boolean_value"].to_list() == [True, False]
+    assert counted["landmarks"].to_dict() == {"landmarks": 3, "censored within 10 days, label not known": 0, "another landmark of the same patient and day": 1,
+                                              "labels": 2, "  event within the horizon": 1, "  no event within it": 1}
 
 
 @pytest.mark.parametrize("horizon, seen", [(7, True), (6, False)])

@@ -6,14 +6,15 @@
 __all__ = ['MAX_LEFT_OUT', 'CHUNK', 'draw_counts', 'interval', 'bca_interval', 'Bootstrap', 'bootstrap', 'weighted_concordance',
            'bootstrap_concordance', 'train_minus_test']
 
-# %% ../nbs/10c_bootstrap.ipynb #58bedd47
+# %% ../nbs/10c_bootstrap.ipynb #db5303be
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtr, ndtri
-from .metrics import check_risks, check_survival, comparison_keys, concordance_index, pair_sums
+from .censoring import check_risks, check_survival
+from .metrics import comparison_keys, concordance_index, pair_sums
 
 # %% ../nbs/10c_bootstrap.ipynb #78b6a443
 MAX_LEFT_OUT = 0.2  # share of the draws that may be undefined

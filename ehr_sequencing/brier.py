@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['brier_score', 'null_risks', 'null_brier_score', 'scaled_brier_score', 'integrated_brier_score', 'plot_brier']
 
-# %% ../nbs/10a_brier.ipynb #2bdf4717
+# %% ../nbs/10a_brier.ipynb #c2b988d2
 import numpy as np
-from .metrics import censoring_weights, check_horizons, check_risks, check_survival, kaplan_meier, plot_over_time
+from .censoring import censoring_weights, check_horizons, check_risks, check_survival, kaplan_meier
+from .metrics import plot_over_time
 
 # %% ../nbs/10a_brier.ipynb #c2c4bbb5
 def brier_score(

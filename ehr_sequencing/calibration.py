@@ -7,18 +7,19 @@ __all__ = ['ROWS', 'slope_table', 'calibration_slope', 'risk_interval', 'group_t
            'curve_distances', 'calibration_curve', 'integrated_calibration_index', 'draw_calibration',
            'plot_calibration', 'survival_at', 'd_calibration']
 
-# %% ../nbs/10b_calibration.ipynb #fd9645b7
+# %% ../nbs/10b_calibration.ipynb #4d47c8f8
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2, norm
 
-from .censoring import censoring_distribution, check_survival, count_leaving, known_weights
+from .censoring import censoring_distribution, check_level, check_survival, count_leaving, known_weights
 from .metrics import COLORS, risk_groups
 
-# %% ../nbs/10b_calibration.ipynb #61dfa108
+# %% ../nbs/10b_calibration.ipynb #2fd74da9
 def _check_horizon(durations, event_types, risks, horizon):
     "The horizon as a number, if calibration at it is defined for these patients."
-    if np.ndim(horizon) or not np.isfinite(horizon) or horizon <= 0: raise ValueError(f"horizon: expected one positive number of days, got {horizon}")
+    horizon = np.asarray(horizon, dtype=float)
+    if horizon.ndim or not np.isfinite(horizon) or horizon <= 0: raise ValueError(f"horizon: expected one positive number of days, got {horizon}")
     if ((risks < 0) | (risks > 1)).any(): raise ValueError(f"risks: {int(((risks < 0) | (risks > 1)).sum())} of {len(risks)} lie outside [0, 1]; calibration needs probabilities")
     if durations.max() < horizon: raise ValueError(f"horizon: {horizon:g} days is beyond the last follow-up; what happens later was not observed. Use an earlier horizon")
     if not ((event_types == 1) & (durations <= horizon)).any(): raise ValueError(f"horizon: nobody has the event within {horizon:g} days, so there is nothing to compare the risks with")
@@ -43,7 +44,7 @@ def _influence(psi, durations, event_types, horizon):
     censored = (event_types == 0)[:, None]
     return psi + censored * rate[at] - share.cumsum(0)[at] + ~censored * share[at]
 
-# %% ../nbs/10b_calibration.ipynb #05b502a3
+# %% ../nbs/10b_calibration.ipynb #ff06ccab
 ROWS = ("slope", "intercept", "observed/expected")
 
 
@@ -82,7 +83,7 @@ def slope_table(
     if not rows: raise ValueError(f"rows: expected some of {ROWS}")
     horizon = _check_horizon(durations, event_types, risks, horizon)
     outcomes, weights = _known_outcomes(durations, event_types, horizon)
-    n, z, log_odds, found = len(risks), norm.ppf((1 + level) / 2), _logit(risks), {}
+    n, z, log_odds, found = len(risks), norm.ppf((1 + check_level(level)) / 2), _logit(risks), {}
     if outcomes[weights > 0].all() and rows != ROWS[2:]: raise ValueError(f"horizon: nobody is known to be free of the event at {horizon:g} days, so that there is no slope and no intercept")
     def fit(x, offset):
         beta, inverse, score = _weighted_logistic(x, outcomes, weights, offset)
@@ -116,7 +117,7 @@ def calibration_slope(
     durations, events, risks = check_survival(durations, events, risks)
     return slope_table(durations, events.astype(int), risks, horizon, level, rows)
 
-# %% ../nbs/10b_calibration.ipynb #65d7876f
+# %% ../nbs/10b_calibration.ipynb #a94d6c21
 def risk_interval(
     observed: np.ndarray, # (g,) estimated risks
     error: np.ndarray, # (g,) their standard errors
@@ -124,7 +125,7 @@ def risk_interval(
     level: float, # coverage
 ) -> tuple: # lower and upper ends, (g,) each
     "Interval of probabilities on the scale log(-log(1 - p)), lower and upper ends; exact binomial bounds for 0 and 1."
-    edge = ((1 - level) / 2) ** (1 / np.maximum(n_known, 1))
+    edge = ((1 - check_level(level)) / 2) ** (1 / np.maximum(n_known, 1))
     none, every = observed <= 1e-12, observed >= 1 - 1e-12
     p = np.where(none | every, 0.5, observed)
     width = norm.ppf((1 + level) / 2) * error / ((1 - p) * -np.log1p(-p))
@@ -142,7 +143,6 @@ def group_table(
 ) -> pd.DataFrame: # one row a group
     "The table of `calibration_groups`, also with competing events. Raises `ValueError` as it does."
     horizon, rows = _check_horizon(durations, event_types, risks, horizon), []
-    if n_groups < 1: raise ValueError(f"n_groups: expected at least 1, got {n_groups}")
     groups = risk_groups(risks, n_groups)
     for position, g in enumerate(np.unique(groups), start=1):
         d, types = durations[groups == g], event_types[groups == g]
@@ -268,7 +268,7 @@ def _cox_influence(sets, beta, r, total, mean, information, horizon):
     on_hazard = own[:, p:] - r * sums[:, p + 1:] - on_beta @ (mean * counted).sum(0)[:, None]
     return np.log(counted.sum()) - (sets.x @ beta).max(), np.concatenate([on_hazard / counted.sum(), on_beta], axis=1)
 
-# %% ../nbs/10b_calibration.ipynb #ad5f417f
+# %% ../nbs/10b_calibration.ipynb #9f4dba76
 def _curve(durations, event_types, risks, horizon, at, n_knots, method):
     "The curve at some predicted risks on the scale of its method, its standard error, and the way back to probabilities. Risks are kept 1e-10 away from 0 and 1."
     horizon = _check_horizon(durations, event_types, risks, horizon)
@@ -306,7 +306,7 @@ def curve_table(
     at = np.linspace(*np.quantile(risks, [0.01, 0.99]), 100) if at is None else np.atleast_1d(np.asarray(at, dtype=float))
     if not ((at >= 0) & (at <= 1)).all(): raise ValueError("at: expected risks in [0, 1]")
     center, error, to_probability = _curve(durations, event_types, risks, horizon, at, knots, method)
-    width = norm.ppf((1 + level) / 2) * error
+    width = norm.ppf((1 + check_level(level)) / 2) * error
     return pd.DataFrame({"predicted": at, "observed": to_probability(center), "low": to_probability(center - width), "high": to_probability(center + width)})
 
 
@@ -398,7 +398,7 @@ def plot_calibration(
     durations, events, risks = check_survival(durations, events, risks)
     return draw_calibration(durations, events.astype(int), risks, horizon, ax, title, n_groups, knots, method)
 
-# %% ../nbs/10b_calibration.ipynb #4b7b8129
+# %% ../nbs/10b_calibration.ipynb #e7368929
 def survival_at(
     times, # (n,) days, one for each patient, at most the last horizon
     risks, # (n, H) predicted F at each horizon, not falling with the horizon
@@ -427,7 +427,7 @@ def d_calibration(
     "D-calibration (Haider et al. 2020): chi-square test that survival at the event is uniform. Raises `ValueError` as `survival_at`, or with fewer than two bins."
     durations, events = check_survival(durations, events)
     if not n_bins >= 2 or n_bins != int(n_bins): raise ValueError(f"n_bins: expected a whole number of at least 2, got {n_bins}")
-    last = float(np.max(horizons))
+    last = float(np.max(np.asarray(horizons, dtype=float)))
     at_end = survival_at(np.minimum(durations, last), risks, horizons)
     return _uniformity(at_end, events & (durations <= last), int(n_bins))
 

@@ -9,10 +9,11 @@ __all__ = ['check_competing', 'incidence_steps', 'incidence_by_weights', 'aalen_
            'competing_calibration_groups', 'competing_calibration_curve', 'competing_calibration_index',
            'plot_competing_calibration']
 
-# %% ../nbs/10d_competing_risks.ipynb #6f2c1845
+# %% ../nbs/10d_competing_risks.ipynb #01c4e4e7
 import numpy as np
 import pandas as pd
 
+from .brier import mean_over_time
 from .calibration import ROWS, curve_distances, curve_table, draw_calibration, group_table, risk_interval, slope_table
 from .censoring import censoring_weights, check_risks, check_survival, count_leaving, event_weights, kaplan_meier
 from .metrics import COLORS, concordance_index, pair_sums, weighted_auc
@@ -103,7 +104,7 @@ def plot_cumulative_incidence(
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax
 
-# %% ../nbs/10d_competing_risks.ipynb #568f845f
+# %% ../nbs/10d_competing_risks.ipynb #024000ec
 def cause_specific_concordance(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -142,12 +143,13 @@ def cause_specific_uno(
 ) -> float: # in [0, 1]
     "The same, weighted for censoring up to tau (Wolbers et al. 2014). Raises `ValueError` as `uno_concordance`."
     (durations, event_types, risks), (train_durations, train_event_types) = check_competing(durations, event_types, risks), check_competing(train_durations, train_event_types, need_event=False)
+    tau = np.asarray(tau, dtype=float)
     g = event_weights(durations, event_types > 0, train_durations, train_event_types > 0, tau)  # 1 / G(T), events of both kinds before tau
     score = concordance_by_weights(np.ones((1, len(risks))), durations, event_types, risks, tau, g)[0]
     if np.isnan(score): raise ValueError(f"durations: no pair of patients is comparable before tau = {tau:g}")
     return float(score)
 
-# %% ../nbs/10d_competing_risks.ipynb #a213fe17
+# %% ../nbs/10d_competing_risks.ipynb #6d156841
 def _competing_weights(durations, event_types, horizons, train_durations, train_event_types):
     "Checked horizons (H,), Graf's weights (n, H), and who has the event of interest, and any event, by each horizon, both (n, H)."
     (durations, event_types), (train_durations, train_event_types) = check_competing(durations, event_types, need_event=False), check_competing(train_durations, train_event_types, need_event=False)
@@ -197,9 +199,7 @@ def cause_specific_integrated_brier(
     train_event_types, # (m,) int
 ) -> float: # mean Brier score between the first and the last horizon
     "Cause-specific Brier score averaged over time by the trapezoidal rule. Raises `ValueError` as `cause_specific_brier`, and with fewer than two horizons."
-    if np.size(horizons) < 2: raise ValueError("horizons: expected at least two, to average between them")
-    scores = cause_specific_brier(durations, event_types, risks, horizons, train_durations, train_event_types)
-    return float((scores[1:] + scores[:-1]) / 2 @ np.diff(horizons) / (horizons[-1] - horizons[0]))
+    return float(mean_over_time(cause_specific_brier(durations, event_types, risks, horizons, train_durations, train_event_types), horizons))
 
 # %% ../nbs/10d_competing_risks.ipynb #b789ceba
 def competing_calibration_slope(

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['WEIGHTED', 'FITTED', 'OTHERS', 'METRICS', 'OVERALL', 'NULL', 'REASONS', 'evaluate_survival', 'plot_evaluation']
 
-# %% ../nbs/10e_evaluation.ipynb #302b4ff9
+# %% ../nbs/10e_evaluation.ipynb #12bc2de6
 import numpy as np
 import pandas as pd
 from .bootstrap import Bootstrap, bootstrap
+from .brier import mean_over_time
 from .calibration import ROWS, calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
-from .censoring import censoring_weights, check_horizons, check_risks, check_survival, event_weights
+from .censoring import censoring_weights, check_horizons, check_level, check_risks, check_survival, event_weights
 from .competing_risks import (aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope, concordance_by_weights,
                                             incidence_by_weights)
 from .metrics import COLORS, MARKERS, STYLES, auc_by_weights, plot_risk_groups, risk_groups
 
-# %% ../nbs/10e_evaluation.ipynb #aba31405
+# %% ../nbs/10e_evaluation.ipynb #f7762192
 WEIGHTED = ("harrell_c", "uno_c", "auc", "mean_auc", "brier", "scaled_brier", "integrated_brier")  # sums over patients and pairs
 FITTED = ("calibration_slope", "calibration_intercept", "observed_expected")
 OTHERS = ("ici", "d_calibration_p") # without an interval
@@ -36,7 +37,7 @@ def _weighted_metrics(durations, types, risks: dict, horizons, train_durations, 
 
     def accuracy(model, loss, total, weights):
         brier = weights @ loss / total  # (R, H)
-        integral = {(model, "integrated_brier", None): (brier[:, 1:] + brier[:, :-1]) / 2 @ np.diff(horizons) / (horizons[-1] - horizons[0])} if "integrated_brier" in metrics else {}
+        integral = {(model, "integrated_brier", None): mean_over_time(brier, horizons)} if "integrated_brier" in metrics else {}
         return brier, {(model, "brier", h): brier[:, k] for k, h in enumerate(horizons) if "brier" in metrics} | integral
 
     def ranking(model, r, weights, drops):
@@ -143,7 +144,7 @@ def _add_calibration(table: _Table, setting: tuple, metrics, competing, groups, 
         for k, h in enumerate(horizons if "ici" in metrics else ()): table.attempt(model, "ici", h, lambda: index(r[:, k], h)["ici"])
         if "d_calibration_p" in metrics: table.attempt(model, "d_calibration_p", None, lambda: d_calibration(durations, types == 1, r, horizons)["p_value"])
 
-# %% ../nbs/10e_evaluation.ipynb #31d0b7ac
+# %% ../nbs/10e_evaluation.ipynb #df1f6e66
 def _two_kinds(durations, events, event_types, name: str) -> tuple: # durations, types
     "Checked durations and event types 0, 1, 2. Raises `ValueError` if `events` says otherwise than `event_types`."
     if event_types is None:
@@ -174,12 +175,12 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if (event_types is None) != (train_event_types is None): raise ValueError("event_types, train_event_types: expected both (competing risks) or neither")
     durations, types = _two_kinds(durations, events, event_types, "events")
     train_durations, train_types = _two_kinds(train_durations, train_events, train_event_types, "train_events")
-    horizons = check_horizons(horizons, [np.inf], [False])
+    horizons = check_horizons(horizons, [np.finfo(float).max], [False])
     risks = risks if isinstance(risks, dict) else {"model": risks}
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
 
-# %% ../nbs/10e_evaluation.ipynb #00c55259
+# %% ../nbs/10e_evaluation.ipynb #7591d6d0
 def evaluate_survival(
     durations, # (n,) days to the event or censoring
     events, # (n,) bool: event of interest observed; may be None where `event_types` is given
@@ -204,6 +205,9 @@ def evaluate_survival(
     setting = durations, types, risks, horizons, train_durations, train_types = _inputs(durations, events, risks, horizons, train_durations, train_events, event_types, train_event_types)
     competing, chosen = event_types is not None, tuple(metrics) if metrics is not None else METRICS
     if undefined not in ("raise", "omit"): raise ValueError(f"undefined: expected 'raise' or 'omit', got {undefined!r}")
+    if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
+    if groups is not None and np.shape(groups) != durations.shape: raise ValueError(f"groups: expected shape {durations.shape}, the patient of each row, got {np.shape(groups)}")
+    check_level(level)
     if reference is not None and (reference not in risks or not n_resamples): raise ValueError(f"reference: expected one of the models {list(risks)}, and n_resamples > 0")
     if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
     if metrics is None: chosen = tuple(n for n in chosen if not (competing and n == "d_calibration_p") and not (len(horizons) == 1 and n in ("mean_auc", "integrated_brier")))

@@ -154,7 +154,7 @@ def mean_auc(
     drops = -np.diff(kaplan_meier(durations, events)(np.atleast_1d(horizons)), prepend=1.0)
     return float(scores @ drops / drops.sum())
 
-# %% ../nbs/10_metrics.ipynb #6fb4aa27
+# %% ../nbs/10_metrics.ipynb #996f46fb
 COLORS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7")  # told apart by colour-blind readers (Okabe and Ito)
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
@@ -178,10 +178,10 @@ def plot_over_time(
         ax.plot(years, values, **style)
         if bands and name in bands: ax.fill_between(years, *np.transpose(bands[name]), color=COLORS[k % 5], alpha=0.15, lw=0)
     ax.set(xlabel="years from the landmark", ylabel=ylabel)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(framealpha=1, edgecolor="none", fontsize=8)  # over the line of reference
     return ax
 
-# %% ../nbs/10_metrics.ipynb #6f96bbc2
+# %% ../nbs/10_metrics.ipynb #ec9ae46c
 def survival_curves(
     durations, # (n,) days
     events, # (n,) bool
@@ -199,7 +199,7 @@ def survival_curves(
         variance = np.cumsum(np.divide(died, at_risk * (at_risk - died), out=np.zeros(len(times)), where=at_risk > died))
         logs = np.log(np.where(inside, survival, 0.5))
         low, high = (np.where(inside, np.exp(logs * np.exp(sign * z * np.sqrt(variance) / np.abs(logs))), survival) for sign in (1, -1))
-        tables.append(pd.DataFrame({"group": group, "days": times, "at_risk": at_risk, "events": died.astype(int), "censored": censored.astype(int),
+        tables.append(pd.DataFrame({"group": group, "days": times, "at_risk": at_risk.astype(int), "events": died.astype(int), "censored": censored.astype(int),
                                     "survival": survival, "low": low, "high": high, "cumulative_hazard": np.cumsum(died / at_risk)}))
     return pd.concat(tables, ignore_index=True)
 
@@ -208,12 +208,14 @@ def risk_groups(
     risks, # (n,) predicted risks
     n_groups: int = 3, # groups of nearly equal size
 ) -> np.ndarray: # (n,) int64, 0 for the lowest risk; ties stay together
-    "Cut patients at quantiles of predicted risk."
+    "Cut patients at quantiles of predicted risk. Raises `ValueError` for risks that are not finite, and fewer than one group."
     risks = np.asarray(risks, dtype=float)
-    edges = np.quantile(risks, np.arange(1, n_groups) / n_groups)
+    risks = check_risks(risks, risks.size, 1)[:, 0]
+    if not len(risks) or not n_groups >= 1 or n_groups != int(n_groups): raise ValueError(f"n_groups: expected a whole number of at least 1, and somebody to cut, got {n_groups} for {len(risks)} patients")
+    edges = np.quantile(risks, np.arange(1, int(n_groups)) / n_groups)
     return np.searchsorted(edges, risks, side="right").astype(np.int64)
 
-# %% ../nbs/10_metrics.ipynb #9f5aeeec
+# %% ../nbs/10_metrics.ipynb #015d7519
 def plot_risk_groups(
     durations, # (n,) days
     events, # (n,) bool
@@ -237,5 +239,6 @@ def plot_risk_groups(
         ax.step(years, curve.cumulative_hazard if cumulative_hazard else curve.survival, where="post", color=COLORS[g % 5], ls=STYLES[g % 5], label=label)
         if not cumulative_hazard: ax.fill_between(years, curve.low, curve.high, step="post", color=COLORS[g % 5], alpha=0.15, lw=0)
     ax.set(xlabel="years from the landmark", ylabel="cumulative hazard" if cumulative_hazard else "probability of no event yet", xlim=(0, None), title=title)
+    if cumulative_hazard: ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
     ax.legend(frameon=False, fontsize=8, loc="best")
     return ax

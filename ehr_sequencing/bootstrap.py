@@ -148,7 +148,7 @@ class Bootstrap:
         return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
                              for name, value in self.estimates.items()], index=list(self.estimates))
 
-# %% ../nbs/10c_bootstrap.ipynb #71ab06cc
+# %% ../nbs/10c_bootstrap.ipynb #265880df
 def bootstrap(
     metric: Callable, # rows (k,) int64, with repetitions -> a number, or a dict of name -> number; ValueError where undefined
     n: int, # rows
@@ -171,7 +171,10 @@ def bootstrap(
     block = np.random.default_rng([seed, 1]).permutation(n_patients) % min(n_blocks, n_patients)  # (n_patients,)
     blocks, step = np.arange(block.max() + 1), max(1, CHUNK // n)
     jackknife = [values_of((block[patient] != blocks[i:i + step, None]).astype(float)) for i in range(0, len(blocks), step)]
-    draws, jackknife = (pd.DataFrame({name: np.concatenate([p.get(name, np.full(len(next(iter(p.values()))), np.nan)) for p in parts]) for name in estimates}).replace([np.inf, -np.inf], np.nan) for parts in (draws, jackknife))
+    def table(parts): # -> names as columns; NaN where a part does not have one, or has infinity
+        columns = {name: np.concatenate([p.get(name, np.full(len(next(iter(p.values()))), np.nan)) for p in parts]) for name in estimates}
+        return pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan)
+    draws, jackknife = table(draws), table(jackknife)
     return Bootstrap(estimates, draws, jackknife.mean() - jackknife)
 
 # %% ../nbs/10c_bootstrap.ipynb #b74101a1

@@ -44,7 +44,7 @@ def _influence(psi, durations, event_types, horizon):
     censored = (event_types == 0)[:, None]
     return psi + censored * rate[at] - share.cumsum(0)[at] + ~censored * share[at]
 
-# %% ../nbs/10b_calibration.ipynb #ff06ccab
+# %% ../nbs/10b_calibration.ipynb #26c4a8a7
 ROWS = ("slope", "intercept", "observed/expected")
 
 
@@ -84,7 +84,8 @@ def slope_table(
     horizon = _check_horizon(durations, event_types, risks, horizon)
     outcomes, weights = _known_outcomes(durations, event_types, horizon)
     n, z, log_odds, found = len(risks), norm.ppf((1 + check_level(level)) / 2), _logit(risks), {}
-    if outcomes[weights > 0].all() and rows != ROWS[2:]: raise ValueError(f"horizon: nobody is known to be free of the event at {horizon:g} days, so that there is no slope and no intercept")
+    if outcomes[weights > 0].all() and rows != ROWS[2:]:
+        raise ValueError(f"horizon: nobody is known to be free of the event at {horizon:g} days, so that there is no slope and no intercept")
     def fit(x, offset):
         beta, inverse, score = _weighted_logistic(x, outcomes, weights, offset)
         return beta[-1], np.sqrt(((_influence(score, durations, event_types, horizon) @ inverse)**2).sum(0))[-1]
@@ -101,7 +102,7 @@ def slope_table(
         table["observed/expected"] = ratio, error, ratio * np.exp(-z * error), ratio * np.exp(z * error)
     return pd.DataFrame.from_dict(table, orient="index", columns=["estimate", "se", "low", "high"])
 
-# %% ../nbs/10b_calibration.ipynb #4231b094
+# %% ../nbs/10b_calibration.ipynb #2df1f7f8
 def calibration_slope(
     durations, # (n,) days to event or censoring
     events, # (n,) bool: event observed
@@ -112,8 +113,8 @@ def calibration_slope(
 ) -> pd.DataFrame: # rows slope, intercept, observed/expected; columns estimate, se (of the ratio: of its logarithm), low, high
     """Calibration slope, intercept (slope fixed at 1) and observed over expected, with sandwich intervals that allow for estimated weights.
 
-    Risks of 0 and 1, whose log odds are infinite, are kept 1e-10 away from them. Raises `ValueError` where a row is undefined: all of them
-    without an event by the horizon, or with a horizon beyond follow-up; slope and intercept if nobody is known to be free of the event; the slope if risks are all the same or separate the two outcomes."""
+    Risks of 0 and 1, whose log odds are infinite, are kept 1e-10 away from them. Raises `ValueError` where a row is undefined: all of them without an event by the horizon,
+    or with a horizon beyond follow-up; slope and intercept if nobody is known to be free of the event; the slope if risks are all the same or separate the two outcomes."""
     durations, events, risks = check_survival(durations, events, risks)
     return slope_table(durations, events.astype(int), risks, horizon, level, rows)
 
@@ -398,7 +399,7 @@ def plot_calibration(
     durations, events, risks = check_survival(durations, events, risks)
     return draw_calibration(durations, events.astype(int), risks, horizon, ax, title, n_groups, knots, method)
 
-# %% ../nbs/10b_calibration.ipynb #e7368929
+# %% ../nbs/10b_calibration.ipynb #c796f862
 def survival_at(
     times, # (n,) days, one for each patient, at most the last horizon
     risks, # (n, H) predicted F at each horizon, not falling with the horizon
@@ -409,8 +410,10 @@ def survival_at(
     if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any(): raise ValueError("horizons: expected finite, positive, increasing days")
     if risks.shape != (len(times), len(edges) - 1): raise ValueError(f"risks: expected shape ({len(times)}, {len(edges) - 1}), patients by horizons; got {risks.shape}")
     if not ((risks >= 0) & (risks <= 1)).all(): raise ValueError("risks: expected probabilities in [0, 1]")
-    if (np.diff(risks, axis=1) < -1e-6).any(): raise ValueError(f"risks: fall with the horizon for {int((np.diff(risks, axis=1) < -1e-6).any(1).sum())} of {len(times)} patients; F must not decrease")
-    if not ((times >= 0) & (times <= edges[-1])).all(): raise ValueError(f"times: {int((~((times >= 0) & (times <= edges[-1]))).sum())} of {len(times)} lie outside 0..{edges[-1]:g} days, where the model says nothing; cut follow-up at the last horizon")
+    falls = (np.diff(risks, axis=1) < -1e-6).any(1)
+    if falls.any(): raise ValueError(f"risks: fall with the horizon for {int(falls.sum())} of {len(times)} patients; F must not decrease")
+    outside = ~((times >= 0) & (times <= edges[-1]))
+    if outside.any(): raise ValueError(f"times: {int(outside.sum())} of {len(times)} lie outside 0..{edges[-1]:g} days, where the model says nothing; cut follow-up at the last horizon")
     survival = np.insert(1 - np.maximum.accumulate(risks, axis=1), 0, 1.0, axis=1)  # (n, H + 1)
     bins, rows = np.clip(np.searchsorted(edges, times, side="left"), 1, len(edges) - 1), np.arange(len(times))
     share = (times - edges[bins - 1]) / (edges[bins] - edges[bins - 1])  # (n,) in [0, 1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# %% ../nbs/08b_censoring.ipynb #63aa7c6f
+# %% ../nbs/08b_censoring.ipynb #f6a2a450
 def check_survival(
     durations, # (n,) days to event or censoring, >= 0
     events, # (n,) bool: event observed
@@ -19,7 +19,8 @@ def check_survival(
     need_event: bool = True, # refuse data in which all are censored
 ) -> tuple: # float durations, bool events and, if given, float risks
     "The checks common to all of them. Raises `ValueError` for other shapes, values that are not finite, negative durations, events that are not 0 or 1, nobody with the event."
-    if np.asarray(durations).dtype.kind in "mM": raise ValueError("durations: expected days as numbers, got dates or time differences; divide these by a day, as in durations / np.timedelta64(1, 'D')")
+    if np.asarray(durations).dtype.kind in "mM":
+        raise ValueError("durations: expected days as numbers, got dates or time differences; divide these by a day, as in durations / np.timedelta64(1, 'D')")
     durations, events = np.asarray(durations, dtype=float), np.asarray(events, dtype=float)
     arrays = {"durations": durations, "events": events} | ({} if risks is None else {"risks": np.asarray(risks, dtype=float)})
     if durations.ndim != 1 or len(durations) == 0: raise ValueError(f"durations: expected shape (n,) with n > 0, got {durations.shape}")

@@ -18,7 +18,7 @@ from .calibration import ROWS, curve_distances, curve_table, draw_calibration, g
 from .censoring import censoring_weights, check_risks, check_survival, count_leaving, event_weights, kaplan_meier
 from .metrics import COLORS, concordance_index, pair_sums, weighted_auc
 
-# %% ../nbs/10d_competing_risks.ipynb #3542456a
+# %% ../nbs/10d_competing_risks.ipynb #a540665b
 def check_competing(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -55,7 +55,7 @@ def incidence_by_weights(
     F = incidence_steps(at_risk, n_any, count_leaving(durations, event_types == 1, weights)[2])[0]
     return np.concatenate([np.zeros((len(F), 1)), F], axis=1)[:, np.searchsorted(times, horizons, side="right")]
 
-
+# %% ../nbs/10d_competing_risks.ipynb #a14dfe68
 def aalen_johansen(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event

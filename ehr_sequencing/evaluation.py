@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['WEIGHTED', 'FITTED', 'OTHERS', 'METRICS', 'OVERALL', 'NULL', 'REASONS', 'evaluate_survival', 'plot_evaluation']
 
-# %% ../nbs/10e_evaluation.ipynb #12bc2de6
+# %% ../nbs/10e_evaluation.ipynb #2f7dd3c0
 import numpy as np
 import pandas as pd
 from .bootstrap import Bootstrap, bootstrap
 from .brier import mean_over_time
 from .calibration import ROWS, calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
 from .censoring import censoring_weights, check_horizons, check_level, check_risks, check_survival, event_weights
-from .competing_risks import (aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope, concordance_by_weights,
-                                            incidence_by_weights)
+from .competing_risks import (aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope,
+                                            concordance_by_weights, incidence_by_weights)
 from .metrics import COLORS, MARKERS, STYLES, auc_by_weights, plot_risk_groups, risk_groups
 
-# %% ../nbs/10e_evaluation.ipynb #f7762192
+# %% ../nbs/10e_evaluation.ipynb #96fef725
 WEIGHTED = ("harrell_c", "uno_c", "auc", "mean_auc", "brier", "scaled_brier", "integrated_brier")  # sums over patients and pairs
 FITTED = ("calibration_slope", "calibration_intercept", "observed_expected")
 OTHERS = ("ici", "d_calibration_p") # without an interval
@@ -41,8 +41,8 @@ def _weighted_metrics(durations, types, risks: dict, horizons, train_durations, 
         return brier, {(model, "brier", h): brier[:, k] for k, h in enumerate(horizons) if "brier" in metrics} | integral
 
     def ranking(model, r, weights, drops):
-        columns = {"harrell_c": lambda k, h: concordance_by_weights(weights, durations, types, r[:, k], h, ones), "uno_c": lambda k, h: concordance_by_weights(weights, durations, types, r[:, k], h, g[h])}
-        values = {(model, name, h): column(k, h) for name, column in columns.items() if name in metrics for k, h in enumerate(horizons)}
+        g_of = {"harrell_c": lambda h: ones, "uno_c": lambda h: g[h]}
+        values = {(model, name, h): concordance_by_weights(weights, durations, types, r[:, k], h, of(h)) for name, of in g_of.items() if name in metrics for k, h in enumerate(horizons)}
         if {"auc", "mean_auc"}.isdisjoint(metrics): return values
         areas = np.stack([auc_by_weights(r[:, k], *(weights * (graf[:, k] * who) for who in (cases[:, k], ~cases[:, k]))) for k in range(len(horizons))], axis=1)  # (R, H)
         if "auc" in metrics: values |= {(model, "auc", h): areas[:, k] for k, h in enumerate(horizons)}
@@ -59,7 +59,7 @@ def _weighted_metrics(durations, types, risks: dict, horizons, train_durations, 
         return values
     return metric
 
-# %% ../nbs/10e_evaluation.ipynb #3794f30f
+# %% ../nbs/10e_evaluation.ipynb #f65e8a22
 REASONS = {"harrell_c": "no pair of patients is comparable before the horizon", "uno_c": "no pair of patients is comparable before the horizon", "auc": "no event is observed by the horizon",
            "mean_auc": "no event is observed by one of the horizons", "scaled_brier": "the null risk is already perfect (nobody has the event by the horizon)"}
 
@@ -89,7 +89,8 @@ def _fitted_boot(durations, types, risks, horizons, keys, competing, groups, n_r
         values = {}
         for k, h in enumerate(horizons):
             names = [name for name, at in keys if at == h]
-            if names: values |= {f"{name} {h}": np.nan if isinstance(fit, ValueError) else fit[0] for name, fit in _fits(durations[rows], types[rows], risks[rows, k], h, competing, 0.95, names).items()}
+            fits = _fits(durations[rows], types[rows], risks[rows, k], h, competing, 0.95, names) if names else {}
+            values |= {f"{name} {h}": np.nan if isinstance(fit, ValueError) else fit[0] for name, fit in fits.items()}
         return values
     return bootstrap(metric, len(durations), groups, n_resamples, seed)
 
@@ -144,14 +145,15 @@ def _add_calibration(table: _Table, setting: tuple, metrics, competing, groups, 
         for k, h in enumerate(horizons if "ici" in metrics else ()): table.attempt(model, "ici", h, lambda: index(r[:, k], h)["ici"])
         if "d_calibration_p" in metrics: table.attempt(model, "d_calibration_p", None, lambda: d_calibration(durations, types == 1, r, horizons)["p_value"])
 
-# %% ../nbs/10e_evaluation.ipynb #df1f6e66
+# %% ../nbs/10e_evaluation.ipynb #62b0f8e1
 def _two_kinds(durations, events, event_types, name: str) -> tuple: # durations, types
     "Checked durations and event types 0, 1, 2. Raises `ValueError` if `events` says otherwise than `event_types`."
     if event_types is None:
         durations, events = check_survival(durations, events, need_event=False)
         return durations, events.astype(int)
     durations, types = check_competing(durations, event_types, need_event=False)
-    if events is not None and not np.array_equal(np.asarray(events).astype(bool), types == 1): raise ValueError(f"{name}: expected True where the event type is 1 (the event of interest) and False elsewhere, or None")
+    if events is not None and not np.array_equal(np.asarray(events).astype(bool), types == 1):
+        raise ValueError(f"{name}: expected True where the event type is 1 (the event of interest) and False elsewhere, or None")
     return durations, types
 
 

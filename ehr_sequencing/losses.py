@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .censoring import censoring_distribution, known_weights
 
-# %% ../nbs/09_losses.ipynb #155733ba
+# %% ../nbs/09_losses.ipynb #3628c809
 class NobodyAtRisk(ValueError):
     "No patient of the batch contributes, so the loss is undefined."
 
@@ -46,7 +46,8 @@ def counted_events(
     "Which of those that count have the event. Raises `ValueError` for another shape, and for values other than 0 and 1, such as kinds of events."
     if events.shape != counts.shape: raise ValueError(f"event indicators: expected shape {tuple(counts.shape)}, got {tuple(events.shape)}")
     wrong = counts & (events != 0) & (events != 1)
-    if events.dtype != torch.bool and wrong.any(): raise ValueError(f"event indicators: {int(wrong.sum())} of {int(counts.sum())} that count are neither 0 nor 1; a competing event is no event (give event_types == 1)")
+    if events.dtype != torch.bool and wrong.any():
+        raise ValueError(f"event indicators: {int(wrong.sum())} of {int(counts.sum())} that count are neither 0 nor 1; a competing event is no event (give event_types == 1)")
     return events.bool() & counts
 
 
@@ -175,7 +176,7 @@ def compute_masked_loss(
     if reduction == "visit": return values.mean()
     return mean_over_patients(torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values), mask)
 
-# %% ../nbs/09_losses.ipynb #30e71a3c
+# %% ../nbs/09_losses.ipynb #7412d008
 def fixed_horizon_targets(
     durations: Tensor, # (...) days to event or censoring
     events: Tensor, # (...) bool: the duration ends with the event
@@ -196,7 +197,7 @@ def _censoring_curve(durations, events, horizon):
 def _weights(durations, events, horizon, G):
     "`known_weights` of tensors, in float32 or better."
     weights = known_weights(durations.detach().cpu().double().numpy(), events.bool().cpu().numpy(), horizon, G)
-    return torch.as_tensor(weights).to(durations.device, torch.promote_types(durations.dtype, torch.float32))
+    return torch.as_tensor(weights, dtype=torch.promote_types(durations.dtype, torch.float32)).to(durations.device)
 
 # %% ../nbs/09_losses.ipynb #58a58afc
 def inverse_censoring_weights(

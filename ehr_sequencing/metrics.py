@@ -7,10 +7,11 @@ __all__ = ['COLORS', 'STYLES', 'MARKERS', 'pair_sums', 'comparison_keys', 'conco
            'auc_by_weights', 'weighted_auc', 'cumulative_dynamic_auc', 'mean_auc', 'plot_over_time', 'survival_curves',
            'risk_groups', 'plot_risk_groups']
 
-# %% ../nbs/10_metrics.ipynb #7da8e182
+# %% ../nbs/10_metrics.ipynb #6baf367f
 import numpy as np
 import pandas as pd
-from .censoring import censoring_distribution, censoring_weights, check_horizons, check_risks, check_survival, count_leaving, event_weights, kaplan_meier, nelson_aalen
+from .censoring import (censoring_distribution, censoring_weights, check_horizons, check_risks, check_survival, count_leaving, event_weights, kaplan_meier,
+                                       nelson_aalen)
 
 # %% ../nbs/10_metrics.ipynb #ea4bd898
 def _level(keys: np.ndarray, ranks: np.ndarray, bit: int) -> tuple:
@@ -48,7 +49,7 @@ def pair_sums(
         right = right + (a[order[earlier]] * smaller).sum(0)
     return every, right
 
-# %% ../nbs/10_metrics.ipynb #1ccb06d3
+# %% ../nbs/10_metrics.ipynb #0492d1ef
 def comparison_keys(durations: np.ndarray, events: np.ndarray) -> np.ndarray: # (n,) int64
     "Integers that increase with time; at one time the censored come after the events."
     return 2 * np.unique(durations, return_inverse=True)[1] + ~events
@@ -59,7 +60,8 @@ def _concordance(durations, events, risks, weights, horizons) -> np.ndarray:
     keys, scores = comparison_keys(durations, events), np.empty(risks.shape[1])
     for k, horizon in enumerate(horizons):
         every, right = pair_sums(keys, risks[:, k], weights * (durations < horizon), np.ones(len(durations)))
-        if every == 0: raise ValueError("durations: no pair of patients is comparable (no event comes before the end of somebody else's follow-up" + (")" if np.isinf(horizon) else f" and before tau = {horizon:g})"))
+        if every == 0:
+            raise ValueError("durations: no pair of patients is comparable (no event comes before the end of somebody else's follow-up" + (")" if np.isinf(horizon) else f" and before tau = {horizon:g})"))
         scores[k] = right / every
     return scores
 
@@ -181,7 +183,7 @@ def plot_over_time(
     ax.legend(framealpha=1, edgecolor="none", fontsize=8)  # over the line of reference
     return ax
 
-# %% ../nbs/10_metrics.ipynb #ec9ae46c
+# %% ../nbs/10_metrics.ipynb #bb0854a1
 def survival_curves(
     durations, # (n,) days
     events, # (n,) bool
@@ -211,7 +213,8 @@ def risk_groups(
     "Cut patients at quantiles of predicted risk. Raises `ValueError` for risks that are not finite, and fewer than one group."
     risks = np.asarray(risks, dtype=float)
     risks = check_risks(risks, risks.size, 1)[:, 0]
-    if not len(risks) or not n_groups >= 1 or n_groups != int(n_groups): raise ValueError(f"n_groups: expected a whole number of at least 1, and somebody to cut, got {n_groups} for {len(risks)} patients")
+    if not len(risks) or not n_groups >= 1 or n_groups != int(n_groups):
+        raise ValueError(f"n_groups: expected a whole number of at least 1, and somebody to cut, got {n_groups} for {len(risks)} patients")
     edges = np.quantile(risks, np.arange(1, int(n_groups)) / n_groups)
     return np.searchsorted(edges, risks, side="right").astype(np.int64)
 

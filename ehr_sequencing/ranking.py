@@ -155,7 +155,7 @@ class HybridLoss(NamedTuple):
     ranking: Tensor
     pairs: Tensor
 
-# %% ../nbs/09a_ranking.ipynb #357f5b46
+# %% ../nbs/09a_ranking.ipynb #6a014a22
 class HybridSurvivalLoss(nn.Module):
     "Negative log-likelihood plus `lambda_rank` times the pairwise ranking loss, each divided by its scale if asked."
     def __init__(self,
@@ -170,7 +170,8 @@ class HybridSurvivalLoss(nn.Module):
         if not 0 <= lambda_rank < float("inf"): raise ValueError(f"lambda_rank: expected 0 or more, got {lambda_rank}")
         if not 0 <= momentum < 1: raise ValueError(f"momentum: expected 0 <= momentum < 1, got {momentum}")
         scales = (0.0, 0.0) if isinstance(normalise, str) and normalise == "running" else (1.0, 1.0) if normalise is None else normalise
-        if isinstance(scales, str) or len(scales) != 2 or (normalise != "running" and not all(0 < scale < float("inf") for scale in scales)): raise ValueError(f"normalise: expected None, 'running' or two positive numbers, got {normalise!r}")
+        if isinstance(scales, str) or len(scales) != 2 or (normalise != "running" and not all(0 < scale < float("inf") for scale in scales)):
+            raise ValueError(f"normalise: expected None, 'running' or two positive numbers, got {normalise!r}")
         self.lambda_rank, self.momentum, self.running = lambda_rank, momentum, normalise == "running"
         self.ranking = PairwiseRankingLoss(form, sigma, tied_censored)
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32))  # 0: not yet seen

@@ -6,14 +6,15 @@
 __all__ = ['MAX_LEFT_OUT', 'CHUNK', 'draw_counts', 'interval', 'bca_interval', 'Bootstrap', 'bootstrap', 'weighted_concordance',
            'bootstrap_concordance', 'train_minus_test']
 
-# %% ../nbs/10c_bootstrap.ipynb #58bedd47
+# %% ../nbs/10c_bootstrap.ipynb #f36abdae
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtr, ndtri
-from .metrics import check_risks, check_survival, comparison_keys, concordance_index, pair_sums
+from .censoring import check_level, check_risks, check_survival
+from .metrics import comparison_keys, concordance_index, pair_sums
 
 # %% ../nbs/10c_bootstrap.ipynb #78b6a443
 MAX_LEFT_OUT = 0.2  # share of the draws that may be undefined
@@ -49,12 +50,13 @@ def draw_counts(
     for start in range(0, n_resamples, step):
         yield generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=min(step, n_resamples - start))
 
-# %% ../nbs/10c_bootstrap.ipynb #526abbf5
+# %% ../nbs/10c_bootstrap.ipynb #2f8943f5
 def interval(
     draws, # bootstrap draws of a number
     level: float = 0.95, # coverage
 ) -> tuple: # lower and upper end
-    "Percentile interval."
+    "Percentile interval. Raises `ValueError` for a level outside (0, 1)."
+    check_level(level)
     return tuple(float(q) for q in np.quantile(np.asarray(draws), [(1 - level) / 2, (1 + level) / 2]))
 
 
@@ -74,6 +76,7 @@ def bca_interval(
 ) -> tuple: # lower and upper end
     "Bias-corrected and accelerated interval (Efron 1987). Raises `ValueError` where the correction is undefined."
     draws = np.asarray(draws, dtype=float)
+    check_level(level)
     bias, acceleration = _bias_and_acceleration(draws, estimate, np.asarray(influence, dtype=float))
     z = bias + ndtri([(1 - level) / 2, (1 + level) / 2])
     if (acceleration * z >= 1).any(): raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile', or a larger set of patients")
@@ -145,7 +148,7 @@ class Bootstrap:
         return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
                              for name, value in self.estimates.items()], index=list(self.estimates))
 
-# %% ../nbs/10c_bootstrap.ipynb #083e000f
+# %% ../nbs/10c_bootstrap.ipynb #265880df
 def bootstrap(
     metric: Callable, # rows (k,) int64, with repetitions -> a number, or a dict of name -> number; ValueError where undefined
     n: int, # rows
@@ -159,7 +162,7 @@ def bootstrap(
     patient = _patients(n, groups)
     n_patients = int(patient.max()) + 1 if n else 0
     if n_patients < 2: raise ValueError("n: expected at least two patients to draw from")
-    if n_resamples < 1: raise ValueError(f"n_resamples: expected at least 1, got {n_resamples}")
+    if n_resamples < 1 or n_blocks < 2: raise ValueError(f"n_resamples, n_blocks: expected at least 1 and 2, got {n_resamples} and {n_blocks}")
     values_of = metric if weighted else lambda weights: _of_rows(metric, weights)
     whole = metric(np.ones((1, n))) if weighted else metric(np.arange(n))  # a metric of rows says itself why it is undefined
     estimates = {name: float(np.ravel(v)[0]) for name, v in (whole if isinstance(whole, dict) else {"value": whole}).items()}
@@ -168,7 +171,10 @@ def bootstrap(
     block = np.random.default_rng([seed, 1]).permutation(n_patients) % min(n_blocks, n_patients)  # (n_patients,)
     blocks, step = np.arange(block.max() + 1), max(1, CHUNK // n)
     jackknife = [values_of((block[patient] != blocks[i:i + step, None]).astype(float)) for i in range(0, len(blocks), step)]
-    draws, jackknife = (pd.DataFrame({name: np.concatenate([p.get(name, np.full(len(next(iter(p.values()))), np.nan)) for p in parts]) for name in estimates}) for parts in (draws, jackknife))
+    def table(parts): # -> names as columns; NaN where a part does not have one, or has infinity
+        columns = {name: np.concatenate([p.get(name, np.full(len(next(iter(p.values()))), np.nan)) for p in parts]) for name in estimates}
+        return pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan)
+    draws, jackknife = table(draws), table(jackknife)
     return Bootstrap(estimates, draws, jackknife.mean() - jackknife)
 
 # %% ../nbs/10c_bootstrap.ipynb #b74101a1

@@ -5,50 +5,18 @@
 # %% auto #0
 __all__ = ['WEIGHTED', 'FITTED', 'OTHERS', 'METRICS', 'OVERALL', 'NULL', 'REASONS', 'evaluate_survival', 'plot_evaluation']
 
-# %% ../nbs/10e_evaluation.ipynb #38b8a3e6
+# %% ../nbs/10e_evaluation.ipynb #2f7dd3c0
 import numpy as np
 import pandas as pd
 from .bootstrap import Bootstrap, bootstrap
-from .calibration import calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
-from .competing_risks import aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope
-from .metrics import (COLORS, MARKERS, STYLES, censoring_weights, check_horizons, check_risks, check_survival, event_weights, pair_sums, plot_risk_groups,
-                                    risk_groups)
+from .brier import mean_over_time
+from .calibration import ROWS, calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
+from .censoring import censoring_weights, check_horizons, check_level, check_risks, check_survival, event_weights
+from .competing_risks import (aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope,
+                                            concordance_by_weights, incidence_by_weights)
+from .metrics import COLORS, MARKERS, STYLES, auc_by_weights, plot_risk_groups, risk_groups
 
-# %% ../nbs/10e_evaluation.ipynb #6f07e317
-def _incidence(weights: np.ndarray, durations: np.ndarray, types: np.ndarray, horizons: np.ndarray) -> np.ndarray:
-    "Aalen-Johansen risk of the event of interest by each horizon, (R, H), for each row of weights (R, n); Kaplan-Meier's if there is no competing event."
-    order = np.argsort(durations, kind="stable")
-    times, starts = np.unique(durations[order], return_index=True)
-    w = weights[:, order]
-    leaving, died, interest = (np.add.reduceat(w * chosen, starts, axis=1) for chosen in (1, types[order] > 0, types[order] == 1))  # (R, m)
-    at_risk = leaving[:, ::-1].cumsum(1)[:, ::-1]
-    died, interest = (np.divide(x, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0) for x in (died, interest))
-    before = np.cumprod(np.concatenate([np.ones((len(w), 1)), 1 - died[:, :-1]], axis=1), axis=1)  # surviving until just before
-    risk = np.concatenate([np.zeros((len(w), 1)), np.cumsum(before * interest, axis=1)], axis=1)
-    return risk[:, np.searchsorted(times, horizons, side="right")]
-
-
-def _concordance(weights, durations, types, risks, tau, g) -> np.ndarray:
-    "C of the events of interest before tau, (R,), NaN without a comparable pair. `g`: (n,) inverse probability of censoring at each event, or ones."
-    rank, earlier = np.unique(durations, return_inverse=True)[1], weights * ((types == 1) & (durations < tau)) * g
-    every, right = pair_sums(2 * rank + (types == 0), risks, earlier * g, weights)
-    if (types == 2).any():  # they never have the event, however early they left
-        more = pair_sums(2 * (rank.max() - rank) + (types == 2), risks, earlier, weights * g * (types == 2))
-        every, right = every + more[0], right + more[1]
-    return np.divide(right, every, out=np.full(len(weights), np.nan), where=every > 0)
-
-
-def _area(weights, risks, cases, controls) -> np.ndarray:
-    "Weighted AUC for each row of weights, (R,), NaN without cases or controls; `cases` and `controls` (n,) are weights too."
-    order = np.argsort(risks, kind="stable")
-    _, starts, run, counts = np.unique(risks[order], return_index=True, return_inverse=True, return_counts=True)
-    case, control = weights[:, order] * cases[order], weights[:, order] * controls[order]
-    below = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(control, axis=1)], axis=1)
-    right = (case * (below[:, starts[run]] + below[:, (starts + counts)[run]])).sum(1) / 2
-    pairs = case.sum(1) * below[:, -1]
-    return np.divide(right, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
-
-# %% ../nbs/10e_evaluation.ipynb #ed8e812e
+# %% ../nbs/10e_evaluation.ipynb #96fef725
 WEIGHTED = ("harrell_c", "uno_c", "auc", "mean_auc", "brier", "scaled_brier", "integrated_brier")  # sums over patients and pairs
 FITTED = ("calibration_slope", "calibration_intercept", "observed_expected")
 OTHERS = ("ici", "d_calibration_p") # without an interval
@@ -63,26 +31,26 @@ def _weighted_metrics(durations, types, risks: dict, horizons, train_durations, 
     cases = (types == 1)[:, None] & (durations[:, None] <= horizons)  # (n, H)
     ones = np.ones(len(durations))
     g = {h: event_weights(durations, types > 0, train_durations, train_types > 0, h) for h in horizons} if "uno_c" in metrics else {}
-    null_loss = graf * (cases - _incidence(np.ones((1, len(train_durations))), train_durations, train_types, horizons)) ** 2  # (n, H)
+    null_loss = graf * (cases - incidence_by_weights(np.ones((1, len(train_durations))), train_durations, train_types, horizons)) ** 2  # (n, H)
 
     def mean_over(scores, drops): return (scores * drops).sum(1) / np.where(drops.sum(1) > 0, drops.sum(1), np.nan)
 
     def accuracy(model, loss, total, weights):
         brier = weights @ loss / total  # (R, H)
-        integral = {(model, "integrated_brier", None): (brier[:, 1:] + brier[:, :-1]) / 2 @ np.diff(horizons) / (horizons[-1] - horizons[0])} if "integrated_brier" in metrics else {}
+        integral = {(model, "integrated_brier", None): mean_over_time(brier, horizons)} if "integrated_brier" in metrics else {}
         return brier, {(model, "brier", h): brier[:, k] for k, h in enumerate(horizons) if "brier" in metrics} | integral
 
     def ranking(model, r, weights, drops):
-        columns = {"harrell_c": lambda k, h: _concordance(weights, durations, types, r[:, k], h, ones), "uno_c": lambda k, h: _concordance(weights, durations, types, r[:, k], h, g[h])}
-        values = {(model, name, h): column(k, h) for name, column in columns.items() if name in metrics for k, h in enumerate(horizons)}
+        g_of = {"harrell_c": lambda h: ones, "uno_c": lambda h: g[h]}
+        values = {(model, name, h): concordance_by_weights(weights, durations, types, r[:, k], h, of(h)) for name, of in g_of.items() if name in metrics for k, h in enumerate(horizons)}
         if {"auc", "mean_auc"}.isdisjoint(metrics): return values
-        areas = np.stack([_area(weights, r[:, k], graf[:, k] * cases[:, k], graf[:, k] * ~cases[:, k]) for k in range(len(horizons))], axis=1)  # (R, H)
+        areas = np.stack([auc_by_weights(r[:, k], *(weights * (graf[:, k] * who) for who in (cases[:, k], ~cases[:, k]))) for k in range(len(horizons))], axis=1)  # (R, H)
         if "auc" in metrics: values |= {(model, "auc", h): areas[:, k] for k, h in enumerate(horizons)}
         return values | ({(model, "mean_auc", None): mean_over(areas, drops)} if "mean_auc" in metrics else {})
 
     def metric(weights: np.ndarray) -> dict:
         total = weights.sum(1)[:, None]
-        drops = np.diff(_incidence(weights, durations, types, horizons), prepend=0.0, axis=1) if "mean_auc" in metrics else None
+        drops = np.diff(incidence_by_weights(weights, durations, types, horizons), prepend=0.0, axis=1) if "mean_auc" in metrics else None
         null, values = accuracy(NULL, null_loss, total, weights)
         for model, r in risks.items():
             brier, more = accuracy(model, graf * (cases - r) ** 2, total, weights)
@@ -91,7 +59,7 @@ def _weighted_metrics(durations, types, risks: dict, horizons, train_durations, 
         return values
     return metric
 
-# %% ../nbs/10e_evaluation.ipynb #129ea9d6
+# %% ../nbs/10e_evaluation.ipynb #f65e8a22
 REASONS = {"harrell_c": "no pair of patients is comparable before the horizon", "uno_c": "no pair of patients is comparable before the horizon", "auc": "no event is observed by the horizon",
            "mean_auc": "no event is observed by one of the horizons", "scaled_brier": "the null risk is already perfect (nobody has the event by the horizon)"}
 
@@ -105,18 +73,28 @@ def _split_horizons(durations, types, horizons, train_durations, train_types) ->
     return np.array([h not in reasons for h in horizons]), reasons
 
 
-def _fits(durations, types, risks, horizon, competing: bool, level: float) -> pd.DataFrame:
-    "Slope, intercept and observed / expected with closed-form intervals; rows named as in `FITTED`."
-    table = competing_calibration_slope(durations, types, risks, horizon, level=level) if competing else calibration_slope(durations, types == 1, risks, horizon, level=level)
-    return table.set_axis(FITTED)
+def _fits(durations, types, risks, horizon, competing: bool, level: float, names) -> dict:
+    "For each of some of `FITTED` the estimate with its closed-form interval, or the error that says why it is undefined."
+    table, seen = (competing_calibration_slope, types) if competing else (calibration_slope, types == 1)
+    try: rows = table(durations, seen, risks, horizon, level, [ROWS[FITTED.index(name)] for name in names])
+    except ValueError as error:
+        if len(names) == 1: return {names[0]: error}
+        return {key: value for name in names for key, value in _fits(durations, types, risks, horizon, competing, level, [name]).items()}
+    return {name: tuple(rows.loc[ROWS[FITTED.index(name)], ["estimate", "low", "high"]]) for name in names}
 
 
-def _fitted_boot(durations, types, risks, horizons, competing, groups, n_resamples, seed) -> Bootstrap:
-    "Slope, intercept and observed / expected of one model, fitted anew in each draw of patients."
-    def metric(rows): return {f"{name} {h}": row.estimate for k, h in enumerate(horizons) for name, row in _fits(durations[rows], types[rows], risks[rows, k], h, competing, 0.95).iterrows()}
+def _fitted_boot(durations, types, risks, horizons, keys, competing, groups, n_resamples, seed) -> Bootstrap:
+    "The fits (name, horizon) of one model, made anew in each draw of patients; NaN where undefined."
+    def metric(rows):
+        values = {}
+        for k, h in enumerate(horizons):
+            names = [name for name, at in keys if at == h]
+            fits = _fits(durations[rows], types[rows], risks[rows, k], h, competing, 0.95, names) if names else {}
+            values |= {f"{name} {h}": np.nan if isinstance(fit, ValueError) else fit[0] for name, fit in fits.items()}
+        return values
     return bootstrap(metric, len(durations), groups, n_resamples, seed)
 
-# %% ../nbs/10e_evaluation.ipynb #dbe6ee3d
+# %% ../nbs/10e_evaluation.ipynb #a3c9fcd8
 class _Table:
     "Rows of the tidy table, and what was left out."
     def __init__(self, undefined: str): self.rows, self.omitted, self.undefined = [], [], undefined
@@ -156,29 +134,26 @@ def _add_calibration(table: _Table, setting: tuple, metrics, competing, groups, 
     fitted, several = [name for name in metrics if name in FITTED], groups is not None and len(np.unique(groups)) < len(durations)
     index = (lambda r, h: competing_calibration_index(durations, types, r, h)) if competing else (lambda r, h: integrated_calibration_index(durations, types == 1, r, h))
     for model, r in risks.items():
-        boot = None
-        for k, h in enumerate(horizons):
-            try: fits = _fits(durations, types, r[:, k], h, competing, level) if fitted else None
-            except ValueError as error:
-                for name in fitted: table.leave_out(model, name, h, str(error).rstrip("."))
-                fits = None
-            if fits is not None and several and n_resamples and boot is None: boot = _fitted_boot(durations, types, r[:, k:], horizons[k:], competing, groups, n_resamples, seed)
-            for name in fitted if fits is not None else ():
-                row = fits.loc[name]
-                if not several: table.add(model, name, h, row.estimate, row.low, row.high)
-                elif boot is None: table.add(model, name, h, row.estimate)
-                else: table.attempt(model, name, h, lambda: (row.estimate, *boot.interval(f"{name} {h}", level, method), boot.left_out(f"{name} {h}")))
-            if "ici" in metrics: table.attempt(model, "ici", h, lambda: index(r[:, k], h)["ici"])
+        fits = {(name, h): fit for k, h in enumerate(horizons) for name, fit in (_fits(durations, types, r[:, k], h, competing, level, fitted) if fitted else {}).items()}
+        defined = [key for key, fit in fits.items() if not isinstance(fit, ValueError)]
+        boot = _fitted_boot(durations, types, r, horizons, defined, competing, groups, n_resamples, seed) if defined and several and n_resamples else None
+        for (name, h), fit in fits.items():
+            if (name, h) not in defined: table.leave_out(model, name, h, str(fit).rstrip("."))
+            elif not several: table.add(model, name, h, *fit)
+            elif boot is None: table.add(model, name, h, fit[0])
+            else: table.attempt(model, name, h, lambda: (fit[0], *boot.interval(f"{name} {h}", level, method), boot.left_out(f"{name} {h}")))
+        for k, h in enumerate(horizons if "ici" in metrics else ()): table.attempt(model, "ici", h, lambda: index(r[:, k], h)["ici"])
         if "d_calibration_p" in metrics: table.attempt(model, "d_calibration_p", None, lambda: d_calibration(durations, types == 1, r, horizons)["p_value"])
 
-# %% ../nbs/10e_evaluation.ipynb #31d0b7ac
+# %% ../nbs/10e_evaluation.ipynb #62b0f8e1
 def _two_kinds(durations, events, event_types, name: str) -> tuple: # durations, types
     "Checked durations and event types 0, 1, 2. Raises `ValueError` if `events` says otherwise than `event_types`."
     if event_types is None:
         durations, events = check_survival(durations, events, need_event=False)
         return durations, events.astype(int)
     durations, types = check_competing(durations, event_types, need_event=False)
-    if events is not None and not np.array_equal(np.asarray(events).astype(bool), types == 1): raise ValueError(f"{name}: expected True where the event type is 1 (the event of interest) and False elsewhere, or None")
+    if events is not None and not np.array_equal(np.asarray(events).astype(bool), types == 1):
+        raise ValueError(f"{name}: expected True where the event type is 1 (the event of interest) and False elsewhere, or None")
     return durations, types
 
 
@@ -202,12 +177,12 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if (event_types is None) != (train_event_types is None): raise ValueError("event_types, train_event_types: expected both (competing risks) or neither")
     durations, types = _two_kinds(durations, events, event_types, "events")
     train_durations, train_types = _two_kinds(train_durations, train_events, train_event_types, "train_events")
-    horizons = check_horizons(horizons, [np.inf], [False])
+    horizons = check_horizons(horizons, [np.finfo(float).max], [False])
     risks = risks if isinstance(risks, dict) else {"model": risks}
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
 
-# %% ../nbs/10e_evaluation.ipynb #f9e724b0
+# %% ../nbs/10e_evaluation.ipynb #7591d6d0
 def evaluate_survival(
     durations, # (n,) days to the event or censoring
     events, # (n,) bool: event of interest observed; may be None where `event_types` is given
@@ -220,7 +195,7 @@ def evaluate_survival(
     groups=None, # (n,) the patient of each row, where patients have several landmarks
     metrics=None, # some of `METRICS`; all that apply if None
     reference: str = None, # model with which the others are compared
-    n_resamples: int = 1000, # bootstrap draws; 0 for no intervals
+    n_resamples: int = 1000, # bootstrap draws; with 0 only those intervals that have a closed form
     seed: int = 0, # of the draws
     level: float = 0.95, # coverage of the intervals
     method: str = "bca", # or "percentile"
@@ -232,6 +207,9 @@ def evaluate_survival(
     setting = durations, types, risks, horizons, train_durations, train_types = _inputs(durations, events, risks, horizons, train_durations, train_events, event_types, train_event_types)
     competing, chosen = event_types is not None, tuple(metrics) if metrics is not None else METRICS
     if undefined not in ("raise", "omit"): raise ValueError(f"undefined: expected 'raise' or 'omit', got {undefined!r}")
+    if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
+    if groups is not None and np.shape(groups) != durations.shape: raise ValueError(f"groups: expected shape {durations.shape}, the patient of each row, got {np.shape(groups)}")
+    check_level(level)
     if reference is not None and (reference not in risks or not n_resamples): raise ValueError(f"reference: expected one of the models {list(risks)}, and n_resamples > 0")
     if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
     if metrics is None: chosen = tuple(n for n in chosen if not (competing and n == "d_calibration_p") and not (len(horizons) == 1 and n in ("mean_auc", "integrated_brier")))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['pairwise_ranking_loss', 'PairwiseRankingLoss', 'null_scales', 'HybridLoss', 'HybridSurvivalLoss']
 
-# %% ../nbs/09a_ranking.ipynb #374c4ab7
+# %% ../nbs/09a_ranking.ipynb #ef3dc1e7
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import _at_risk, _check_steps, _counted, discrete_time_nll, mean_over_patients, survival_nll
+from .losses import at_risk_mask, check_steps, counted_events, counted_logits, discrete_time_nll, mean_over_patients, survival_nll
 
 # %% ../nbs/09a_ranking.ipynb #8d48ccdd
 _PENALTIES = {  # name -> penalty and its derivative, of the scaled difference d
@@ -61,7 +61,7 @@ class _PairwiseMean(torch.autograd.Function):
         if torch.is_grad_enabled(): raise RuntimeError("create_graph: the pairwise ranking loss has first derivatives only; call backward without create_graph")
         return ctx.saved_tensors[0] * upstream, *[None] * 8
 
-# %% ../nbs/09a_ranking.ipynb #de38b3ad
+# %% ../nbs/09a_ranking.ipynb #ccfdd6fd
 def _patient_weights(counts, dtype):
     "Weight 1 for each patient, divided among the visits that count."
     return counts.to(dtype) if counts.ndim == 1 else counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -70,12 +70,12 @@ def _patient_weights(counts, dtype):
 def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_censored, pairs_per_block):
     "Mean penalty, 0 without a comparable pair, and the number of pairs."
     _check_penalty(form, sigma)
-    counts = _at_risk(event_times, at_risk)  # (B,) or (B, V)
-    times, indicators = event_times.masked_fill(~counts, 0), event_indicators.bool() & counts
-    _check_steps(logits, times, indicators)
+    counts = at_risk_mask(event_times, at_risk)  # (B,) or (B, V)
+    times, indicators = event_times.masked_fill(~counts, 0), counted_events(event_indicators, counts)
+    check_steps(logits, times, indicators)
     step = torch.arange(logits.shape[-1], device=logits.device)  # (K,)
     used = counts.unsqueeze(-1) & (step < (times + (indicators | tied_censored)).unsqueeze(-1))  # no risk is read beyond its own time
-    risks = -torch.expm1(F.logsigmoid(-_counted(logits, used)).cumsum(-1)).flatten(0, -2)  # (N, K), N = B or B * V
+    risks = -torch.expm1(F.logsigmoid(-counted_logits(logits, used)).cumsum(-1)).flatten(0, -2)  # (N, K), N = B or B * V
     weights = _patient_weights(counts, risks.dtype).flatten()  # (N,)
     patients = torch.arange(len(counts), device=logits.device).repeat_interleave(counts.shape[1]) if counts.ndim == 2 else None
     return _PairwiseMean.apply(risks, times.masked_fill(~counts, -1).flatten(), indicators.flatten(), weights, patients, form, float(sigma), tied_censored, int(pairs_per_block))
@@ -125,7 +125,7 @@ class PairwiseRankingLoss(nn.Module):
         "See `pairwise_ranking_loss`."
         return self.value_and_pairs(logits, event_times, event_indicators, at_risk)[0]
 
-# %% ../nbs/09a_ranking.ipynb #73a19391
+# %% ../nbs/09a_ranking.ipynb #3488b5ab
 def null_scales(
     event_times: Tensor, # (n,) or (n, V) int64, of the training data; -1 for never at risk
     event_indicators: Tensor, # the same shape, bool
@@ -136,8 +136,8 @@ def null_scales(
     "Both losses of a model that knows nothing about patients: the life table, and equal risks. Raises `ValueError` if nobody has the event, or for another form."
     _check_penalty(form, 1)
     event_times, event_indicators, at_risk = event_times.cpu(), event_indicators.cpu(), None if at_risk is None else at_risk.cpu()
-    counts = _at_risk(event_times, at_risk)
-    times, indicators = event_times.masked_fill(~counts, 0).unsqueeze(-1), (event_indicators.bool() & counts).unsqueeze(-1)
+    counts = at_risk_mask(event_times, at_risk)
+    times, indicators = event_times.masked_fill(~counts, 0).unsqueeze(-1), counted_events(event_indicators, counts).unsqueeze(-1)
     if not indicators.any(): raise ValueError("event_indicators: nobody has the event, so there is no scale to divide by")
     weights = _patient_weights(counts, torch.float64).unsqueeze(-1)
     step = torch.arange(n_steps, device=times.device)
@@ -155,7 +155,7 @@ class HybridLoss(NamedTuple):
     ranking: Tensor
     pairs: Tensor
 
-# %% ../nbs/09a_ranking.ipynb #73d3c7e4
+# %% ../nbs/09a_ranking.ipynb #6a014a22
 class HybridSurvivalLoss(nn.Module):
     "Negative log-likelihood plus `lambda_rank` times the pairwise ranking loss, each divided by its scale if asked."
     def __init__(self,
@@ -170,7 +170,8 @@ class HybridSurvivalLoss(nn.Module):
         if not 0 <= lambda_rank < float("inf"): raise ValueError(f"lambda_rank: expected 0 or more, got {lambda_rank}")
         if not 0 <= momentum < 1: raise ValueError(f"momentum: expected 0 <= momentum < 1, got {momentum}")
         scales = (0.0, 0.0) if isinstance(normalise, str) and normalise == "running" else (1.0, 1.0) if normalise is None else normalise
-        if isinstance(scales, str) or len(scales) != 2 or (min(scales) <= 0 and normalise != "running"): raise ValueError(f"normalise: expected None, 'running' or two positive numbers, got {normalise!r}")
+        if isinstance(scales, str) or len(scales) != 2 or (normalise != "running" and not all(0 < scale < float("inf") for scale in scales)):
+            raise ValueError(f"normalise: expected None, 'running' or two positive numbers, got {normalise!r}")
         self.lambda_rank, self.momentum, self.running = lambda_rank, momentum, normalise == "running"
         self.ranking = PairwiseRankingLoss(form, sigma, tied_censored)
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32))  # 0: not yet seen

@@ -69,6 +69,9 @@ def test_slope_is_a_weighted_logistic_regression(patients, horizon):
     except ValueError: return
     assert np.isfinite(table.to_numpy()).all() and (table.low <= table.estimate).all() and (table.estimate <= table.high).all()
     assert abs(table.estimate["observed/expected"] - (weights * outcomes).mean() / risks.mean()) < 1e-10
+    for name, row in table.iterrows():  # symmetric about the estimate, the ratio's about its logarithm
+        ends = np.log(row[["low", "estimate", "high"]].astype(float)) if name == "observed/expected" else row[["low", "estimate", "high"]]
+        assert np.allclose(np.diff(ends), 1.959963984540054 * row.se, rtol=1e-6, atol=1e-9)
     log_odds = np.log(risks / (1 - risks))
     if abs(table.estimate["slope"]) > 5: return  # nearly separated: their optimiser stops early
     fitted = LogisticRegression(C=np.inf, tol=1e-12, max_iter=5000, solver="newton-cholesky").fit(log_odds[:, None], outcomes, sample_weight=weights)

@@ -48,7 +48,7 @@ def test_incidence_with_ties_is_that_of_scikit_survival(rows):
         assert np.isfinite(ours.to_numpy()).all() and ((ours.low <= ours.risk + 1e-12) & (ours.risk <= ours.high + 1e-12)).all() and ours.risk.is_monotonic_increasing
 
 
-@settings(relaxed, max_examples=100)
+@settings(relaxed, max_examples=250)
 @given(st.lists(st.tuples(st.integers(1, 10_000), TYPE), min_size=5, max_size=60, unique_by=lambda row: row[0]))
 def test_incidence_without_ties_is_that_of_lifelines(rows):
     durations, types = arrays(rows)

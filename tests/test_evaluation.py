@@ -120,3 +120,20 @@ def test_a_difference_without_an_interval_is_left_out_or_refused():
     kept = evaluate_survival(**arguments | {"n_resamples": 1, "undefined": "omit"})
     assert kept.difference.isna().all() and any("two" == o["model"] for o in kept.attrs["omitted"])
     assert evaluate_survival(**arguments | {"method": "percentile"}).difference.notna().sum() == 1
+
+
+def test_only_what_is_undefined_is_left_out_also_where_fits_are_drawn_anew():
+    "With the same risk for everybody there is no slope; intercept and observed over expected are defined, here with several rows a patient."
+    generator = np.random.default_rng(5)
+    t = np.repeat(generator.integers(1, 30, 80), 2).astype(float)
+    e, groups, flat = np.repeat(generator.random(80) < 0.6, 2), np.repeat(np.arange(80), 2), np.full(160, 0.3)
+    arguments = dict(durations=t, events=e, risks=flat, horizons=15, train_durations=t, train_events=e, groups=groups, n_resamples=60)
+    with pytest.raises(ValueError, match="model, calibration_slope at 15 days: .*no slope"): evaluate_survival(**arguments, metrics=["calibration_slope", "observed_expected"])
+    kept = evaluate_survival(**arguments, metrics=["calibration_slope", "calibration_intercept", "observed_expected"], undefined="omit").set_index("metric")
+    assert [o["metric"] for o in kept.attrs["omitted"]] == ["calibration_slope"] and (kept.loc[["calibration_intercept", "observed_expected"], "left_out"] == 0).all()
+    observed = aalen_johansen(t, e.astype(int), at=15).risk.iloc[0]
+    assert abs(kept.value["observed_expected"] - observed / 0.3) < 1e-9
+    row = kept.loc["observed_expected"]
+    assert row.low < row.value < row.high
+    alone = evaluate_survival(**arguments, metrics=["observed_expected"]).iloc[0]
+    assert (alone.low, alone.value, alone.high) == (row.low, row.value, row.high)

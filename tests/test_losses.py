@@ -258,6 +258,10 @@ def test_masked_loss_is_that_of_loops(case, reduction):
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([True, False, False])), min_size=1, max_size=40), st.integers(1, 9))
 def test_weights_are_those_of_loops_and_reproduce_kaplan_meier(rows, horizon):
     d, e = torch.tensor([t for t, _ in rows]).double(), torch.tensor([seen for _, seen in rows])
+    if d.max() < horizon:
+        with pytest.raises(ValueError, match="nobody of the training data was followed"): inverse_censoring_weights(d, e, horizon, d, e)
+        horizon = int(d.max())
+    assume(horizon > 0)
     def followed(t):  # P(C >= t): at each earlier time, those censored among those not yet gone and without event then
         p = 1.0
         for s in sorted({s for s, _ in rows if s < t}):

@@ -27,7 +27,7 @@ from ehr_sequencing.metrics import (censoring_distribution, censoring_weights, c
                                     survival_curves, uno_concordance)
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large])
-SOME = settings(MANY, max_examples=100)
+SOME = settings(MANY, max_examples=200)
 
 
 def column(draw, n, top):

@@ -95,7 +95,7 @@ def mean_over_patients(
     sums = values.sum(1)
     return (sums / counts.clamp(min=1))[counts > 0].mean()
 
-# %% ../nbs/09_losses.ipynb #8c449ece
+# %% ../nbs/09_losses.ipynb #98bbf037
 def at_risk_mask(
     event_times: Tensor, # (B,) or (B, V) int64; -1 for never at risk
     at_risk: Tensor | None, # the same shape, bool, or None
@@ -115,10 +115,16 @@ def survival_nll(
     at_risk: Tensor | None = None, # the same shape, bool: which sequences count; all with a time of 0 or more if None
     weights: Tensor | None = None, # the same shape, 0 or more: of each sequence, from what was known before it; None gives each patient the same
 ) -> Tensor: # scalar
-    "Negative log-likelihood, each patient with equal weight. Raises `NobodyAtRisk` if no sequence counts, `ValueError` as `discrete_time_nll`."
+    """Negative log-likelihood: the mean over patients of the weighted sum over a patient's sequences, or of their mean if no weights are given.
+
+    Raises `NobodyAtRisk` if no sequence counts, `ValueError` as `discrete_time_nll` and for weights of another shape."""
     counts = at_risk_mask(event_times, at_risk)
     nll = discrete_time_nll(logits, event_times.masked_fill(~counts, 0), counted_events(event_indicators, counts))  # (B,) or (B, V)
-    return mean_over_patients(nll, counts)
+    if weights is None: return mean_over_patients(nll, counts)
+    if weights.shape != counts.shape: raise ValueError(f"weights: expected shape {tuple(counts.shape)} as event_times, got {tuple(weights.shape)}")
+    patients = counts.reshape(len(counts), -1).any(1).sum()
+    if not patients: raise NobodyAtRisk("at_risk: no visit of any patient counts; there is nothing to average")
+    return (nll * weights.to(nll.dtype)).masked_fill(~counts, 0).sum() / patients
 
 
 def horizon_loss(

@@ -176,7 +176,10 @@ def test_likelihood_of_bins_is_that_of_loops_and_of_the_training_loop(case):
         with pytest.raises(NobodyAtRisk): horizon_loss(z, T, E, at_risk)
         return
     assert horizon_loss(z, T, E, at_risk).item() == pytest.approx(np.mean(means), rel=1e-9)
-    assert survival_loss(z, {"horizon_bins": T, "horizon_events": E, "at_risk": at_risk}).item() == pytest.approx(np.mean(means), rel=1e-9)
+    weights = torch.rand(T.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = [sum(weights[b, v].item() * naive_nll(z[b, v], T[b, v], E[b, v]) for v in range(T.shape[1]) if at_risk[b, v]) for b in range(len(T)) if at_risk[b].any()]
+    assert horizon_loss(z, T, E, at_risk, weights).item() == pytest.approx(np.mean(sums), rel=1e-9)
+    assert survival_loss(z, {"horizon_bins": T, "horizon_events": E, "at_risk": at_risk, "visit_weights": weights}).item() == pytest.approx(np.mean(sums), rel=1e-9)
 
 
 @some

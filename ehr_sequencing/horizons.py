@@ -58,7 +58,7 @@ def within_horizons(
     horizons, asked = np.array(check_horizons(horizons)), durations > 0
     return (types == 1) & (durations <= horizons) & asked, ((types > 0) | (durations >= horizons)) & asked
 
-# %% ../nbs/04a_horizons.ipynb #44bdaba8
+# %% ../nbs/04a_horizons.ipynb #5abc5a84
 def visit_weights(
     store: SequenceStore, # of the visits
     rows, # (...,) rows of the store
@@ -80,13 +80,14 @@ def attach_labels(
     "Add labels to a batch; visits that are padding are not at risk and have weight 0."
     rows, first = batch["rows"].numpy(), batch["first_visits"].numpy()
     mask = batch["sequence_mask"].numpy()
-    visits = np.where(mask, (store.first_visit[rows] + first)[:, None] + np.arange(mask.shape[1]), 0)
+    index = np.where(mask, first[:, None] + np.arange(mask.shape[1]), 0)  # (B, V) within the patient's history
+    visits = np.where(mask, store.first_visit[rows][:, None] + index, 0)  # (B, V) among all
     bins, within = horizon_targets(labels.durations[visits], labels.events[visits], labels.horizons)
     last = mask.sum(1) - 1
     times = labels.event_times[rows] - first
     at_risk = labels.at_risk[visits] & mask
-    arrays = {"at_risk": at_risk, "horizon_bins": np.where(mask, bins, 0), "horizon_events": within & mask, "visit_weights": np.where(mask, visit_weights(store, rows[:, None], np.where(mask, first[:, None] + np.arange(mask.shape[1]), 0)), np.float32(0)),
-              "event_times": np.minimum(times, last), "event_indicators": labels.event_indicators[rows] & (times <= last)}
+    arrays = {"at_risk": at_risk, "horizon_bins": np.where(mask, bins, 0), "horizon_events": within & mask,
+              "visit_weights": np.where(mask, visit_weights(store, rows[:, None], index), np.float32(0)), "event_times": np.minimum(times, last), "event_indicators": labels.event_indicators[rows] & (times <= last)}
     if periods:
         trials, happened = person_periods(labels.durations[visits], labels.event_types[visits], labels.horizons)
         arrays |= {"period_at_risk": trials & at_risk[..., None], "period_events": np.where(at_risk[..., None], happened, 0)}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .censoring import censoring_distribution, known_weights
 
-# %% ../nbs/09_losses.ipynb #3628c809
+# %% ../nbs/09_losses.ipynb #a70e6e10
 class NobodyAtRisk(ValueError):
     "No patient of the batch contributes, so the loss is undefined."
 
@@ -64,7 +64,7 @@ def check_steps(
     wrong = (event_times < 0) | (event_times > steps) | (event_indicators.bool() & (event_times == steps))
     if wrong.any(): raise ValueError(f"event_times: {int(wrong.sum())} of {wrong.numel()} lie outside 0..{steps} (0..{steps - 1} for events)")
 
-
+# %% ../nbs/09_losses.ipynb #7804f25f
 def discrete_time_nll(
     logits: Tensor, # (..., K) hazard logits of K steps
     event_times: Tensor, # (...) int64 in 0..K: step of the event, or number of steps survived

@@ -49,21 +49,22 @@ def pair_sums(
         right = right + (a[order[earlier]] * smaller).sum(0)
     return every, right
 
-# %% ../nbs/10_metrics.ipynb #0492d1ef
+# %% ../nbs/10_metrics.ipynb #f8b2795d
 def comparison_keys(durations: np.ndarray, events: np.ndarray) -> np.ndarray: # (n,) int64
     "Integers that increase with time; at one time the censored come after the events."
     return 2 * np.unique(durations, return_inverse=True)[1] + ~events
 
 
-def _concordance(durations, events, risks, weights, horizons) -> np.ndarray:
+def _concordance(durations, events, risks, weights, horizons): # float, or (H,) for risks of shape (n, H)
     "Share of concordant pairs for each column of risks; a pair weighs as its earlier patient, and counts if that event is before the horizon."
-    keys, scores = comparison_keys(durations, events), np.empty(risks.shape[1])
-    for k, horizon in enumerate(horizons):
-        every, right = pair_sums(keys, risks[:, k], weights * (durations < horizon), np.ones(len(durations)))
+    columns = check_risks(risks, len(durations), np.shape(risks)[1] if np.ndim(risks) == 2 else 1)
+    keys, scores = comparison_keys(durations, events), np.empty(columns.shape[1])
+    for k, horizon in enumerate(np.broadcast_to(horizons, len(scores))):
+        every, right = pair_sums(keys, columns[:, k], weights * (durations < horizon), np.ones(len(durations)))
         if every == 0:
             raise ValueError("durations: no pair of patients is comparable (no event comes before the end of somebody else's follow-up" + (")" if np.isinf(horizon) else f" and before tau = {horizon:g})"))
         scores[k] = right / every
-    return scores
+    return scores if np.ndim(risks) == 2 else float(scores[0])
 
 
 def concordance_index(
@@ -74,11 +75,9 @@ def concordance_index(
 ) -> float: # Harrell's C in [0, 1]; (H,) for risks of shape (n, H)
     "Harrell's concordance index (Harrell et al. 1982). Raises `ValueError` if all are censored or no pair is comparable, or for values that are not finite."
     durations, events = check_survival(durations, events)
-    columns = np.shape(risks)[1] if np.ndim(risks) == 2 else 1
-    scores = _concordance(durations, events, check_risks(risks, len(durations), columns), events.astype(float), np.broadcast_to(np.inf if tau is None else tau, columns))
-    return scores if np.ndim(risks) == 2 else float(scores[0])
+    return _concordance(durations, events, risks, events.astype(float), np.inf if tau is None else tau)
 
-# %% ../nbs/10_metrics.ipynb #764c9fe0
+# %% ../nbs/10_metrics.ipynb #6fa067bb
 def uno_concordance(
     durations, # (n,) days to event or censoring
     events, # (n,) bool
@@ -89,11 +88,8 @@ def uno_concordance(
 ) -> float: # C in [0, 1]; (H,) for risks of shape (n, H)
     "Uno's concordance index (Uno et al. 2011). Raises `ValueError` as `concordance_index`, and if tau lies past the follow-up of the test or the training patients."
     durations, events = check_survival(durations, events)
-    columns = np.shape(risks)[1] if np.ndim(risks) == 2 else 1
-    taus = np.broadcast_to(tau, columns)
-    weights = event_weights(durations, events, train_durations, train_events, taus.max())
-    scores = _concordance(durations, events, check_risks(risks, len(durations), columns), weights**2, taus)
-    return scores if np.ndim(risks) == 2 else float(scores[0])
+    weights = event_weights(durations, events, train_durations, train_events, np.max(tau))
+    return _concordance(durations, events, risks, weights**2, tau)
 
 # %% ../nbs/10_metrics.ipynb #c18a9cc0
 def auc_by_weights(

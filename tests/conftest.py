@@ -1,9 +1,12 @@
-"What the tests share: where the development data lie, and the command run as a user runs it."
+"What the tests share: where the development data lie, the command run as a user runs it, and checks of many calls at once."
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from postgres import PASSWORD, Server, find
 
@@ -16,6 +19,25 @@ def data_folder(name):
     path = DATA / name
     if not path.exists(): pytest.skip(f"{name} is not beside this checkout")
     return path
+
+
+def numbers_or_errors(calls):
+    "Each call gives finite numbers or a `ValueError`: never NaN, never a warning."
+    for call in calls:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try: result = call()
+            except ValueError: continue
+        assert np.isfinite(result).all()
+
+
+def peak_memory(call):
+    "Bytes at the peak of what a call allocates."
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
 
 
 @pytest.fixture

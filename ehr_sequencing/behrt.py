@@ -7,7 +7,7 @@ __all__ = ['POOLINGS', 'check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'To
            'grid_attention', 'EncoderBlock', 'packed_attention', 'BEHRT', 'count_parameters', 'pool_sequence',
            'prepend_cls']
 
-# %% ../nbs/06_behrt.ipynb #a262d878
+# %% ../nbs/06_behrt.ipynb #1f7f8e1b
 import dataclasses
 import functools
 import json
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .dropout import Dropout
 from .embeddings import BEHRTEmbedding
 from .saved_models import SavedModel
 from .vocabulary import CLS
@@ -162,7 +163,7 @@ class SelfAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.unsqueeze(1), dropout_p=self.dropout if self.training else 0.0)
         return mixed.transpose(1, 2).flatten(2)  # (B, M, d)
 
-# %% ../nbs/06_behrt.ipynb #b4adac3e
+# %% ../nbs/06_behrt.ipynb #75899e97
 def grid_attention(
     grid, # `TokenGrid` or `WholeGrid` of keys and values
     allowed: Tensor, # (B, M, L) bool, which query may see which key
@@ -191,7 +192,7 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(hidden_size, num_heads, attention_dropout)
         self.norm1, self.norm2 = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.up, self.down = nn.Linear(hidden_size, intermediate_size), nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self,
         x: Tensor, # (n, d) list of tokens

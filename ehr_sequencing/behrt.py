@@ -24,7 +24,7 @@ from .embeddings import BEHRTEmbedding
 from .saved_models import SavedModel
 from .vocabulary import CLS
 
-# %% ../nbs/06_behrt.ipynb #e055342d
+# %% ../nbs/06_behrt.ipynb #096cbb49
 def check_sizes(
     config, # dataclass of sizes
     *names: str, # fields that must be positive integers
@@ -59,8 +59,10 @@ class BEHRTConfig:
         if self.intermediate_size is None: self.intermediate_size = 4 * self.hidden_size
         check_sizes(self, "vocab_size", "embedding_dim", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_age", "max_visits")
         if self.hidden_size % self.num_heads: raise ValueError(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
-        if self.attention not in ("bidirectional", "visit_causal"):
-            raise ValueError(f"attention: expected 'bidirectional' or 'visit_causal', got '{self.attention}'")
+        for name, valid in (("attention", ("bidirectional", "visit_causal")), ("position", ("sinusoidal", "learned"))):
+            if getattr(self, name) not in valid: raise ValueError(f"{name}: expected '{valid[0]}' or '{valid[1]}', got {getattr(self, name)!r}")
+        if self.position == "sinusoidal" and self.embedding_dim % 2: raise ValueError(f"embedding_dim: expected an even number for sinusoidal positions, got {self.embedding_dim}")
+        if not 0 <= self.attention_dropout < 1: raise ValueError(f"attention_dropout: expected a number in [0, 1), got {self.attention_dropout}")
 
     @classmethod
     def small(cls, vocab_size: int, **changes): # -> BEHRTConfig

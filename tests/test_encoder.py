@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from ehr_sequencing.aggregation import assert_no_future_leakage, pool_visits
-from ehr_sequencing.behrt import BEHRT, BEHRTConfig, TokenGrid, grid_attention, packed_attention, pool_sequence, prepend_cls, visit_attention_mask
+from ehr_sequencing.behrt import BEHRT, BEHRTConfig, TokenGrid, grid_attention, head_masks, packed_attention, pool_sequence, prepend_cls, visit_attention_mask
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
 from ehr_sequencing.vocabulary import CLS, MASK, SPECIAL_TOKENS
 
@@ -27,17 +27,21 @@ def batches(draw):
             "times": fill(visit_ids * 33.0, 0.0), "attention_mask": mask, "rows": torch.randperm(1000, generator=generator)[:B], "first_visits": torch.randint(0, 5, (B,), generator=generator)}
 
 
-def encoder(attention, **changes):
+LAYOUTS = st.tuples(st.sampled_from(["visit_causal", "bidirectional"]), st.sampled_from([0, 2, 4]))
+
+
+def encoder(attention, visit_heads=0, **changes):
     "A small encoder, the same for the same arguments."
     torch.manual_seed(0)
+    changes["visit_heads"] = visit_heads
     return BEHRT(BEHRTConfig(VOCABULARY, 16, 32, 2, 4, attention=attention, **changes)).eval()
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches(), st.sampled_from(["visit_causal", "bidirectional"]))
-def test_layouts_agree(batch, attention):
+@given(batches(), LAYOUTS)
+def test_layouts_agree(batch, layout):
     "Padded and packed, whole and read in places, alone and in company: the same vectors."
-    model, packed, mask = encoder(attention), encoder(attention, packed=True), batch["attention_mask"]
+    model, packed, mask = encoder(*layout), encoder(*layout, packed=True), batch["attention_mask"]
     with torch.no_grad():
         whole = model.encode(batch)
         torch.testing.assert_close(packed.encode(batch)[mask], whole[mask], atol=1e-5, rtol=0)
@@ -49,14 +53,14 @@ def test_layouts_agree(batch, attention):
 
 
 @settings(max_examples=25, deadline=None)
-@given(batches(), st.sampled_from(["visit_causal", "bidirectional"]))
-def test_packed_gradients(batch, attention):
+@given(batches(), LAYOUTS)
+def test_packed_gradients(batch, layout):
     "Packing changes no gradient, and neither does reading in places."
     gradients = []
     mask = batch["attention_mask"]
     positions = torch.where(mask, torch.arange(mask.shape[1]), -1)
     for packed, read in ((False, None), (True, None), (False, positions), (True, positions)):
-        model = encoder(attention, packed=packed, dropout=0.0).train()
+        model = encoder(*layout, packed=packed, dropout=0.0).train()
         out = model.encode(batch, positions=read)
         (out if read is not None else out[mask]).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -64,21 +68,23 @@ def test_packed_gradients(batch, attention):
 
 
 @settings(max_examples=20, deadline=None)
-@given(batches(), st.sampled_from(["visit_causal", "bidirectional"]))
+@given(batches(), LAYOUTS)
 @pytest.mark.filterwarnings("ignore")
-def test_rule_of_the_block_mask(batch, attention):
+def test_rule_of_the_block_mask(batch, layout):
     "Flex attention over rows end to end gives what the grid gives."
     grid = TokenGrid(batch["attention_mask"])
-    layer, n = encoder(attention).blocks[0].attention, len(grid.index)
+    attention, visit_heads = layout
+    layer, n = encoder(*layout).blocks[0].attention, len(grid.index)
     q, k, v = torch.randn(3, n, 32)
     with torch.no_grad():
-        expected = grid_attention(grid, visit_attention_mask(batch["visit_ids"], batch["attention_mask"], attention))(layer, q, k, v)
-        torch.testing.assert_close(packed_attention(grid, batch["visit_ids"], attention)(layer, q, k, v), expected, atol=1e-5, rtol=0)
+        allowed = head_masks(visit_attention_mask(batch["visit_ids"], batch["attention_mask"], attention), batch["visit_ids"], visit_heads, 4)
+        expected = grid_attention(grid, allowed)(layer, q, k, v)
+        torch.testing.assert_close(packed_attention(grid, batch["visit_ids"], attention, None, visit_heads, 4)(layer, q, k, v), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("attention", ["visit_causal", "bidirectional"])
-def test_packed_on_a_gpu(attention):
+@pytest.mark.parametrize("attention, visit_heads", [("visit_causal", 0), ("visit_causal", 2), ("bidirectional", 0), ("bidirectional", 2)])
+def test_packed_on_a_gpu(attention, visit_heads):
     "Compiled flex attention: outputs and gradients as padded, in single precision."
     torch.backends.cuda.matmul.allow_tf32 = False
     mask = MaskCodes(VOCABULARY)
@@ -89,7 +95,7 @@ def test_packed_on_a_gpu(attention):
         batch, results = {k: v.cuda() for k, v in batch.items()}, []
         for packed in (False, True):
             torch.manual_seed(0)
-            model = BEHRTForMLM(BEHRTConfig(VOCABULARY, 32, 64, 2, 4, attention=attention, packed=packed, dropout=0.0)).cuda()
+            model = BEHRTForMLM(BEHRTConfig(VOCABULARY, 32, 64, 2, 4, attention=attention, visit_heads=visit_heads, packed=packed, dropout=0.0)).cuda()
             logits = model(batch)
             model.loss(logits, batch)[0].backward()
             results.append((logits, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
@@ -101,8 +107,8 @@ def test_packed_on_a_gpu(attention):
 def test_visit_causal_looks_back_only(batch):
     "The leak check on visits pooled from the encoder, in each layout; bidirectional attention fails it."
     if int(batch["visit_ids"].max()) < 1: return
-    for packed in (False, True):
-        model = encoder("visit_causal", packed=packed)
+    for packed, visit_heads in ((False, 0), (True, 0), (False, 2)):
+        model = encoder("visit_causal", visit_heads, packed=packed)
         assert_no_future_leakage(lambda b: pool_visits(model.encode(b), b["visit_ids"]), batch)
     looks_ahead = encoder("bidirectional")
     with pytest.raises(AssertionError, match="Future leakage"): assert_no_future_leakage(lambda b: pool_visits(looks_ahead.encode(b), b["visit_ids"]), batch)

@@ -169,7 +169,7 @@ def _text_lines(path):
             except UnicodeDecodeError: raise ValueError(f"{path.name}, line {number}: is no UTF-8 text. Save the vectors in text format (word2vec -binary 0, gensim binary=False).") from None
             if text: yield number, text
 
-# %% ../nbs/05a_code_vectors.ipynb #6fbfac17
+# %% ../nbs/05a_code_vectors.ipynb #dccbb481
 def vectors_from_word2vec(
     path, # text file, also `.gz`
 ) -> CodeVectors:
@@ -177,19 +177,19 @@ def vectors_from_word2vec(
     path, header, dim, codes, rows, places = Path(path), None, None, [], [], []
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there. Give a file in word2vec's text format.")
     for number, line in _text_lines(path):
-        if header is None and not rows and re.fullmatch(r"\s*\d+[ \t]+\d+", line):
+        if header is None and not rows and re.fullmatch(r" *\d+ +\d+", line):
             header = [int(x) for x in line.split()]
             dim = header[1]
             continue
         code, numbers = _split_line(line, dim)
         if code is None or not numbers:
-            raise ValueError(f"{path.name}, line {number}: expected a code and {dim or 'at least one'} numbers, got {len(numbers)} fields after the code. Complete the line; if the code holds spaces, put a tab after it.")
+            raise ValueError(f"{path.name}, line {number}: expected a code and {dim or 'at least one'} numbers{' (line 1 says so)' if header else ''}, got {len(numbers)} fields after the code. Complete the line; if the code holds spaces, put a tab after it.")
         try: rows.append(np.array(numbers, dtype=np.float64))
         except ValueError: raise ValueError(f"{path.name}, line {number}: field {1 + [_is_number(x) for x in numbers].index(False)} after the code is no number. Repair the line.") from None
         dim = len(numbers)
         codes.append(code); places.append(number)
     if not rows: raise ValueError(f"{path.name}: holds no vectors. Is it complete?")
-    if header and header[0] != len(rows): raise ValueError(f"{path.name}, line 1: says {header[0]} vectors, but {len(rows)} lines follow. Is the file complete? If line 1 is no header, remove it.")
+    if header and header[0] != len(rows): raise ValueError(f"{path.name}, line 1: says {header[0]} vectors, but {len(rows)} lines follow. Is the file complete? If line 1 is no header, put a tab between its code and number.")
     with np.errstate(over="ignore"): table = np.stack(rows).astype(np.float32)
     _check_rows(codes, table, lambda i: f"{path.name}, line {places[i]}")
     return CodeVectors(codes, table, path.name)

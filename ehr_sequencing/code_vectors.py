@@ -138,7 +138,7 @@ def vectors_from_npz(
     if odd or not arrays: raise ValueError(f"{path.name}: expected arrays 'codes' and 'vectors', or one vector a code, all of one length; " + (f"array '{odd[0]}' has shape {shapes[odd[0]]}, the first {expected}." if odd else "it is empty."))
     return CodeVectors(list(arrays), np.stack(list(arrays.values())), path.name)
 
-# %% ../nbs/05a_code_vectors.ipynb #d5ea4022
+# %% ../nbs/05a_code_vectors.ipynb #0e8cd95d
 def _is_number(text):
     try: float(text)
     except ValueError: return False
@@ -152,9 +152,9 @@ def _split_line(line, dim):
     if dim is None:
         dim = 0
         while dim < len(fields) - 1 and _is_number(fields[-1 - dim]): dim += 1
-    numbers, between = fields[1:] if len(fields) <= dim else fields[len(fields) - dim:], fields[1:len(fields) - dim]
-    if len(fields) <= dim or (between and all(map(_is_number, between))): return None, fields[1:]
-    return " ".join(fields[:len(fields) - dim]), numbers
+    cut = len(fields) - dim
+    if cut < 1 or (cut > 1 and all(map(_is_number, fields[1:cut]))): return None, fields[1:]
+    return " ".join(fields[:cut]), fields[cut:]
 
 
 def _text_lines(path):
@@ -238,8 +238,8 @@ def _token_ids(folder, given):
     if len(set(ids.values())) < len(ids): raise ValueError(f"{said}: two tokens have the same row. Is the file complete?")
     return ids, said
 
-# %% ../nbs/05a_code_vectors.ipynb #eac1dec2
-_TABLES = ("word_embeddings.weight", "concept_embeddings.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight")
+# %% ../nbs/05a_code_vectors.ipynb #63b26b0e
+_TABLES = ("word_embeddings.weight", "concept_embeddings.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "code.weight")
 
 
 def _shards(folder):
@@ -411,7 +411,7 @@ def resize_vectors(
     directions = directions * np.where(directions[np.abs(directions).argmax(0), np.arange(dim)] < 0, -1, 1)  # a sign that does not depend on the machine
     return moved @ directions, float(variances[::-1][:dim].sum() / max(variances.sum(), 1e-300))
 
-# %% ../nbs/05a_code_vectors.ipynb #cc1bc998
+# %% ../nbs/05a_code_vectors.ipynb #7fe7c7bc
 class _FrozenRows:
     "Hooks on a table that keep some of its rows."
     def __init__(self, table, rows):
@@ -451,10 +451,11 @@ def freeze_codes(
     table, rows = code_table(model), sorted({int(r) for r in rows})
     if rows and not 0 <= rows[0] <= rows[-1] < table.num_embeddings: raise ValueError(f"rows: expected ids 0 to {table.num_embeddings - 1}, got {rows[0]} to {rows[-1]}")
     before = getattr(table, "frozen_rows", None)
+    if before: before.restore(table)
     for handle in before.handles if before else (): handle.remove()
     table.frozen_rows = _FrozenRows(table, rows) if rows else None
 
-# %% ../nbs/05a_code_vectors.ipynb #ea01000e
+# %% ../nbs/05a_code_vectors.ipynb #c2623704
 @dataclass(repr=False)
 class CodeCoverage:
     "What `initialise_codes` found and did."
@@ -487,6 +488,7 @@ def _fitted(vectors, users, table, centre, rescale):
     if not rescale: return moved, kept, 1.0
     size, wanted = np.sqrt((moved**2).mean()), table.weight.detach()[len(SPECIAL_TOKENS):].double().square().mean().sqrt().item()
     if size < 1e-6 * max(1e-30, float(np.abs(given).max())): raise ValueError(f"vectors: the {len(given)} that match are all the same, or zero, and tell no code from another. Is {vectors.source} the right file?")
+    if not wanted > 0: raise ValueError("model: its own vectors are zero or not finite, which is no size to bring others to. Draw them first, or use rescale=False.")
     return moved * (wanted / size), kept, wanted / size
 
 
@@ -496,14 +498,14 @@ def _token_share(store, vocabulary, rows):
     counts = np.bincount(store.tokens, minlength=len(vocabulary))
     return float(counts[rows].sum() / max(1, counts.sum()))
 
-# %% ../nbs/05a_code_vectors.ipynb #d4d57235
+# %% ../nbs/05a_code_vectors.ipynb #87410ab2
 def initialise_codes(
     model: nn.Module, # a model with one table of codes, or the table itself; changed in place
     vocabulary: Vocabulary, # of the model
     vectors, # `CodeVectors`, or what `read_code_vectors` reads
     match=(), # rules of `match_codes`
     value_bins: bool = False, # value bins without a vector take that of their code
-    freeze: bool = False, # keep the rows that have a vector of their own; the others train
+    freeze: bool = False, # keep the rows that have a vector of their own; the others train, save those that were frozen before
     centre: bool = True, # take the mean of the matched vectors away
     rescale: bool = True, # bring them to the root mean square of the model's own vectors
     store: SequenceStore | None = None, # where tokens are counted, for the report
@@ -515,10 +517,11 @@ def initialise_codes(
     for row, (_, codes) in found.items(): users.setdefault(tuple(codes), []).append(row)  # a vector counts once, however many bins share it
     values, kept, factor = _fitted(vectors, users, table, centre, rescale)
     ways, share = [way for way, _ in found.values()], None if store is None else _token_share(store, vocabulary, list(found))
+    frozen, before = sorted(rows[0] for rows in users.values() if len(rows) == 1) if freeze else [], getattr(table, "frozen_rows", None)
+    stay = set(before.rows.tolist()) - set(found) if before else set()  # frozen earlier, with vectors from another source
     freeze_codes(table, [])
     with torch.no_grad():
         for rows, value in zip(users.values(), torch.as_tensor(values).to(table.weight)): table.weight[rows] = value
-    frozen = sorted(rows[0] for rows in users.values() if len(rows) == 1) if freeze else []
-    freeze_codes(table, frozen)
+    freeze_codes(table, stay.union(frozen))
     return CodeCoverage(len(vocabulary) - len(SPECIAL_TOKENS), {way: ways.count(way) for way in dict.fromkeys(ways)}, [t for i, t in enumerate(vocabulary.tokens) if i >= len(SPECIAL_TOKENS) and i not in found],
         len(set(vectors.codes) - {c for codes in users for c in codes}), share, (vectors.vectors.shape[1], table.embedding_dim), kept, factor, vocabulary.decode(frozen))

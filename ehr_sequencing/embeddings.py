@@ -145,7 +145,7 @@ def check_tokens(
     if times is not None and not bool(times.isfinite().all()):
         raise ValueError(f"times: {int((~times.isfinite()).sum())} of {times.numel()} are not finite; give every token the day of its visit")
 
-# %% ../nbs/05_embeddings.ipynb #d4458f2d
+# %% ../nbs/05_embeddings.ipynb #33d063e0
 class BEHRTEmbedding(nn.Module):
     "Code + age + visit + position (+ time), then LayerNorm and dropout. Raises `ValueError` for sizes that make no sense, and what `check_tokens` raises for inputs."
     def __init__(self,
@@ -184,8 +184,7 @@ class BEHRTEmbedding(nn.Module):
     ) -> dict: # name -> (B, L, dim)
         "The vectors that are added, one by one."
         self.check(codes, ages, visit_ids, times)
-        places = self.position(visit_ids).to(self.position_scale.dtype)
-        terms = {"code": self.code(codes), "age": self.age(ages), "visit": self.visit(visit_ids), "position": self.position_scale * places}
+        terms = {"code": self.code(codes), "age": self.age(ages), "visit": self.visit(visit_ids), "position": self.position_scale * self.position(visit_ids)}
         if self.time is not None and times is not None: terms["time"] = self.time(time_features_of_tokens(times, visit_ids))
         return terms
 

@@ -312,6 +312,28 @@ def test_an_error_changes_nothing():
         assert torch.equal(model.code.weight, before) and model.code.frozen_rows is state
 
 
+def test_two_sources_one_after_the_other():
+    "The second leaves the rows of the first, frozen or not; what it writes is frozen only if it asks."
+    rng, vocabulary = np.random.default_rng(0), vocabulary_of(9)
+    model = BEHRTEmbedding(len(vocabulary), 6)
+    initialise_codes(model, vocabulary, CodeVectors(["C0", "C1", "C2"], rng.normal(size=(3, 6))), freeze=True)
+    first = model.code.weight.detach().clone()
+    initialise_codes(model, vocabulary, CodeVectors(["C2", "C3", "C4"], rng.normal(size=(3, 6))))
+    assert model.code.frozen_rows.rows.tolist() == [5, 6] and torch.equal(model.code.weight[5:7], first[5:7]) and not torch.equal(model.code.weight[7], first[7])
+    initialise_codes(model, vocabulary, CodeVectors(["C5", "C6"], rng.normal(size=(2, 6))), freeze=True)
+    assert model.code.frozen_rows.rows.tolist() == [5, 6, 10, 11]
+
+
+def test_a_folder_of_this_library(tmp_path):
+    "Vectors move from one of our models to another by code."
+    vocabulary, model = vocabulary_of(6), BEHRT(BEHRTConfig.small(11))
+    save_file({"behrt." + k: v for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}"); (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
+    found = read_code_vectors(tmp_path)
+    assert found.codes == vocabulary.tokens[5:]
+    np.testing.assert_array_equal(found.vectors, model.embedding.code.weight[5:].detach())
+
+
 def test_vectors_find_the_table_of_every_model():
     vocabulary, vectors = vocabulary_of(6), CodeVectors([f"C{i}" for i in range(6)], np.random.default_rng(0).normal(size=(6, 4)))
     models = [BEHRT(BEHRTConfig.small(11)), SurvivalLSTM(LSTMConfig.small(11)), BEHRTEmbedding(11, 8), nn.Embedding(11, 8)]

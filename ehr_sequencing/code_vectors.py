@@ -342,7 +342,7 @@ def read_code_vectors(
     if name.endswith((".csv", ".csv.gz", ".parquet")): return vectors_from_table(path, **options)
     return vectors_from_word2vec(path, **options)
 
-# %% ../nbs/05a_code_vectors.ipynb #8c5a8667
+# %% ../nbs/05a_code_vectors.ipynb #84b99efc
 def _base_code(token, vocabulary):
     "The code of a value bin, or None."
     base, mark, number = token.rpartition("//Q")
@@ -359,13 +359,13 @@ def concept_ids(
     columns = tables.columns("concept")
     missing = [c for c in ("concept_id", "vocabulary_id", "concept_code") if c not in columns]
     if missing: raise ValueError(f"{tables.where('concept')}: no column {missing[0]}. Is it OMOP's table of concepts?")
-    wanted = {t for t in vocabulary.tokens[len(SPECIAL_TOKENS):]} | {_base_code(t, vocabulary) for t in vocabulary.tokens} - {None}
+    wanted = list(dict.fromkeys(c for t in vocabulary.tokens[len(SPECIAL_TOKENS):] for c in (t, _base_code(t, vocabulary)) if c))
     found = {code: code.removeprefix("OMOP//") for code in wanted if code.startswith("OMOP//")}
     for frame in tables.chunks("concept", [columns[c] for c in ("concept_id", "vocabulary_id", "concept_code")]):
         frame = frame.select(pl.all().cast(pl.String)).rename(dict(zip(frame.columns, ("id", "vocabulary", "code"))))
-        pairs = frame.select("id", code=pl.col("vocabulary") + "//" + pl.col("code")).drop_nulls().filter(pl.col("code").is_in(list(wanted)))
+        pairs = frame.select("id", code=pl.col("vocabulary") + "//" + pl.col("code")).drop_nulls().filter(pl.col("code").is_in(wanted))
         for number, code in pairs.iter_rows(): found.setdefault(code, number)
-    return found
+    return {code: found[code] for code in wanted if code in found}
 
 # %% ../nbs/05a_code_vectors.ipynb #f47c94f7
 def match_codes(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'MISSING', 'ClassLabels', 'classification_loss', 'class_probabilities', 'BEHRTForSequenceClassification']
 
-# %% ../nbs/07b_classification.ipynb #7abe7360
+# %% ../nbs/07b_classification.ipynb #6c3b0920
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .behrt import BEHRT, BEHRTConfig, pool_sequence, prepend_cls
+from .behrt import BEHRT, BEHRTConfig, POOLINGS, pool_sequence, prepend_cls
+from .dropout import Dropout
 from .saved_models import SavedModel
 
 # %% ../nbs/07b_classification.ipynb #21e72c95
@@ -41,7 +42,7 @@ class ClassLabels:
                              "Cut them where the question is asked: last_visits= of the loader, without random_end.")
         return batch | {"labels": torch.from_numpy(self.labels[found])}
 
-# %% ../nbs/07b_classification.ipynb #4f095256
+# %% ../nbs/07b_classification.ipynb #63b30da2
 PROBLEMS = ("binary", "multiclass", "multilabel")
 MISSING = -100 # integer label that is not known
 
@@ -52,11 +53,11 @@ def _known(logits, labels, problem):
     if not torch.isfinite(logits).all(): raise ValueError(f"logits: {int((~torch.isfinite(logits)).sum())} of {logits.numel()} are not finite. Lower the learning rate.")
     if tuple(labels.shape) != expected: raise ValueError(f"labels: expected shape {expected} for a {problem} problem, got {tuple(labels.shape)}")
     if problem == "multiclass" and labels.is_floating_point(): raise ValueError(f"labels: expected int64 numbers of classes, {MISSING} where missing, got {labels.dtype}")
-    known = labels.isfinite() | labels.isinf() if labels.is_floating_point() else labels != MISSING
+    known = ~labels.isnan() if labels.is_floating_point() else labels != MISSING
     allowed = (labels >= 0) & (labels < n_classes) if problem == "multiclass" else (labels == 0) | (labels == 1)
     if (known & ~allowed).any():
         what = f"classes 0 to {n_classes - 1}" if problem == "multiclass" else "0 or 1"
-        raise ValueError(f"labels: expected {what}, NaN or {MISSING} where missing; {int((known & ~allowed).sum())} of {labels.numel()} are something else")
+        raise ValueError(f"labels: expected {what}, {'NaN' if labels.is_floating_point() else MISSING} where missing; {int((known & ~allowed).sum())} of {labels.numel()} are something else")
     return known
 
 
@@ -98,7 +99,7 @@ def _check_classes(n_labels, problem, class_weights):
     if not (values > 0).all() or not np.isfinite(values).all(): raise ValueError("class_weights: expected positive numbers")
     if shape != (n_labels,) and (shape or problem == "multiclass"): raise ValueError(f"class_weights: expected {n_labels} numbers, got shape {shape}")
 
-# %% ../nbs/07b_classification.ipynb #d1839307
+# %% ../nbs/07b_classification.ipynb #3b533540
 class BEHRTForSequenceClassification(SavedModel):
     "BEHRT encoder, pooling, one linear layer. Give it histories that end at the landmark; `ClassLabels` sees to it."
     config_class, encoder, question = BEHRTConfig, "behrt", ("n_labels", "problem")
@@ -107,16 +108,16 @@ class BEHRTForSequenceClassification(SavedModel):
         config: BEHRTConfig, # of the encoder
         n_labels: int = 1, # classes or labels; 1 for a binary problem
         problem: str = "binary", # one of `PROBLEMS`
-        pooling: str = "mean", # "mean", "max" or "cls"
+        pooling: str = "mean", # one of `POOLINGS`
         class_weights=None, # weight of "yes", one number or one for each label; multiclass: of each class
     ):
         _check_classes(n_labels, problem, class_weights)
-        if pooling not in ("mean", "max", "cls"): raise ValueError(f"pooling: expected 'mean', 'max' or 'cls', got {pooling!r}")
+        if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if pooling == "cls" and config.attention == "visit_causal": raise ValueError("pooling: with visit-causal attention [CLS] sees only itself; use attention='bidirectional', or pooling='mean'")
         if class_weights is not None: class_weights = np.asarray(class_weights, dtype=float).tolist()
         super().__init__(config, n_labels=n_labels, problem=problem, pooling=pooling, class_weights=class_weights)
         self.problem, self.pooling, self.class_weights = problem, pooling, class_weights
-        self.behrt, self.dropout, self.head = BEHRT(config), nn.Dropout(config.dropout), nn.Linear(config.hidden_size, n_labels)
+        self.behrt, self.dropout, self.head = BEHRT(config), Dropout(config.dropout), nn.Linear(config.hidden_size, n_labels)
 
     def forward(self, batch: dict) -> Tensor: # logits: (B,) binary, (B, n_labels) otherwise
         "Logits of the histories of a batch, each read whole: cut them at the landmark."

@@ -59,7 +59,7 @@ def _compare_codes(old, new):
     return {"codes_kept": [t for t in names if t in old.index], "codes_new": [t for t in names if t not in old.index], "codes_dropped": [t for t in old.tokens if t not in has],
             "rebinned": sorted(c for c in both if list(old.value_edges[c]) != list(new.value_edges[c]))}
 
-# %% ../nbs/05b_saved_models.ipynb #bfd02a14
+# %% ../nbs/05b_saved_models.ipynb #0e4079a6
 CONFIG, WEIGHTS, CODES = "config.json", "model.safetensors", "vocabulary.json"
 
 
@@ -70,9 +70,9 @@ def _digest(tensor):
     return digest.hexdigest()
 
 
-def _tokens_digest(vocabulary):
-    "SHA-256 of the tokens in their order."
-    return hashlib.sha256(json.dumps(vocabulary.tokens).encode()).hexdigest()
+def _json_digest(value):
+    "SHA-256 of what JSON can hold, whatever its layout in a file."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _distinct(model):
@@ -97,13 +97,13 @@ def _check_free(folder):
 
 def _write(folder, config, tensors, tied, vocabulary):
     "Write the files of a saved model into an existing folder, each of them to the disk."
-    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-    with whole_file(folder/WEIGHTS) as path: save_file(tensors, path, metadata={"format": "pt", "sha256": json.dumps(digests), "tied": json.dumps(tied)})
+    notes = {"config": _json_digest(config), "sha256": {name: _digest(tensor) for name, tensor in tensors.items()}, "tied": tied}
+    with whole_file(folder/WEIGHTS) as path: save_file(tensors, path, metadata={"format": "pt", "ehr_sequencing": json.dumps(notes)})
     texts = {CONFIG: json.dumps(config, indent=1)} | ({} if vocabulary is None else {CODES: vocabulary.to_json()})
     for name, text in texts.items():
         with whole_file(folder/name) as path: path.write_bytes(text.encode())
 
-# %% ../nbs/05b_saved_models.ipynb #d0b137d7
+# %% ../nbs/05b_saved_models.ipynb #f74e24c0
 def _where_it_ends(path):
     "In which tensor a safetensors file ends too early, as far as its header says."
     size = path.stat().st_size
@@ -116,14 +116,16 @@ def _where_it_ends(path):
     return f"it ends in the tensor '{missing[0]}'" if missing else "its header does not fit its size"
 
 
-def _read_tensors(path):
-    "Tensors by name, tied ones under each of their names. Raises `FileNotFoundError` or `ValueError`."
+def _read_tensors(path, config):
+    "Tensors by name, tied ones under each of their names, of a folder with this configuration. Raises `FileNotFoundError` or `ValueError`."
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there. The folder has no weights; only safetensors are read, since a pickle runs code. Save the model again.")
     try:
         with safe_open(path, "pt") as file: tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError: raise ValueError(f"{path}: damaged, {_where_it_ends(path)}. Copy it again, or save the model again.") from None
-    try: digests, tied = (dict(json.loads(metadata.get(name, "{}"))) for name in ("sha256", "tied"))
-    except (ValueError, TypeError): raise ValueError(f"{path}: damaged, its header's notes on the tensors cannot be read. Copy it again, or save the model again.") from None
+    try: digests, tied, of_config = (json.loads(metadata.get("ehr_sequencing", "{}")).get(key, other) for key, other in (("sha256", {}), ("tied", {}), ("config", None)))
+    except ValueError: raise ValueError(f"{path}: damaged, the notes in its header are no JSON. Copy it again, or save the model again.") from None
+    if of_config is not None and of_config != _json_digest(config):
+        raise ValueError(f"{path.with_name(CONFIG)}: is not the one that was saved with the weights. Copy the folder again; to change settings, name them: from_pretrained(folder, dropout=0.2).")
     for name in (*digests, *tied.values()):
         if name not in tensors: raise ValueError(f"{path}: damaged, the tensor '{name}' is gone. Copy it again, or save the model again.")
         if digests.get(name) != _digest(tensors[name]): raise ValueError(f"{path}: damaged, the tensor '{name}' is not the one that was written. Copy it again, or save the model again.")
@@ -147,7 +149,7 @@ def _read_vocabulary(path, digest):
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there, but the model was saved with it. Copy the whole folder.")
     try: vocabulary = Vocabulary.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error: raise ValueError(f"{path}: cannot be read ({error}). Copy it again, or save the model again.") from None
-    if _tokens_digest(vocabulary) != digest: raise ValueError(f"{path}: its tokens are not those that the model was saved with. Copy the whole folder again.")
+    if _json_digest(vocabulary.tokens) != digest: raise ValueError(f"{path}: its tokens are not those that the model was saved with. Copy the whole folder again.")
     return vocabulary
 
 # %% ../nbs/05b_saved_models.ipynb #4b683541
@@ -219,7 +221,7 @@ def _fill(model, tensors, source, old, new, path):
         if moves: mine[to_rows] = theirs[from_rows].to(mine)
         else: mine.copy_(theirs)
 
-# %% ../nbs/05b_saved_models.ipynb #9fb106b9
+# %% ../nbs/05b_saved_models.ipynb #765a5794
 def _find_class(base, name, path):
     "The class of this name among those derived from `base`. Raises `ValueError` if none is defined."
     below = lambda c: [c, *(d for s in c.__subclasses__() for d in below(s))]
@@ -254,12 +256,12 @@ def _place_codes(known, vocabulary, settings, folder):
 
 def _load(model_class, folder, vocabulary, changes):
     "What `SavedModel.from_pretrained` does, step by step."
-    stored = _read_config(folder/CONFIG)
+    stored, path = _read_config(folder/CONFIG), folder/WEIGHTS
+    tensors = _read_tensors(path, stored)
     if model_class.config_class is None: model_class = _find_class(model_class, stored["model"], folder/CONFIG)
     known = _read_vocabulary(folder/CODES, stored.get("vocabulary"))
     settings = _settings_for(model_class, stored, changes, folder/CONFIG)
     _place_codes(known, vocabulary, settings, folder)
-    tensors, path = _read_tensors(folder/WEIGHTS), folder/WEIGHTS
     model = _build(model_class, settings, changes, folder/CONFIG)
     whole = stored["model"] == model_class.__name__ and _same_question(model, stored)
     source = _match(model, stored, whole, path)
@@ -271,7 +273,7 @@ def _load(model_class, folder, vocabulary, changes):
     model.loaded = Loaded(stored["model"], list(source), [n for n in model.state_dict() if n not in source], [n for n in tensors if n not in set(source.values())], **codes)
     return model.eval()
 
-# %% ../nbs/05b_saved_models.ipynb #690d7a6a
+# %% ../nbs/05b_saved_models.ipynb #fce0d9e2
 class SavedModel(nn.Module):
     """Base of the models that are saved as folders. A subclass passes the arguments of its constructor on: `super().__init__(config, name=value, ...)`, all JSON-able.
 
@@ -310,7 +312,7 @@ class SavedModel(nn.Module):
         size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
         if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
         config = {"model": type(self).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
-                  "vocabulary": None if vocabulary is None else _tokens_digest(vocabulary), "settings": self.settings}
+                  "vocabulary": None if vocabulary is None else _json_digest(vocabulary.tokens), "settings": self.settings}
         json.dumps(config)  # before anything is touched
         with whole_folder(folder, replace=True) as partial: _write(partial, config, tensors, tied, vocabulary)
 

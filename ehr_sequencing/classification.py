@@ -77,7 +77,7 @@ def classification_loss(
     n = known.sum()
     return total / n.clamp(min=1), n
 
-# %% ../nbs/07b_classification.ipynb #a42172c8
+# %% ../nbs/07b_classification.ipynb #54809aa2
 def class_probabilities(
     logits: Tensor, # (B,) or (B, n_labels)
     problem: str = "binary", # one of `PROBLEMS`
@@ -97,7 +97,7 @@ def _check_classes(n_labels, problem, class_weights):
     if class_weights is None: return
     shape, values = np.shape(class_weights), np.asarray(class_weights, dtype=float)
     if not (values > 0).all() or not np.isfinite(values).all(): raise ValueError("class_weights: expected positive numbers")
-    if shape != (n_labels,) and (shape or problem == "multiclass"): raise ValueError(f"class_weights: expected {n_labels} numbers, got shape {shape}")
+    if shape != (n_labels,) and (shape or problem == "multiclass"): raise ValueError(f"class_weights: expected {n_labels} number{'s' * (n_labels > 1)}, got shape {shape}. Give them anew, or None for none.")
 
 # %% ../nbs/07b_classification.ipynb #3b533540
 class BEHRTForSequenceClassification(SavedModel):

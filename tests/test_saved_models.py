@@ -25,6 +25,9 @@ HORIZONS = (30.0, 365.0)
 CODES = [f"C{i}" for i in range(30)]
 
 
+WITH_EDGES = Vocabulary([*SPECIAL_TOKENS, *CODES], {"LAB": [1.5, 2.25]}, ["OUT*"], ["icd3"], {"C1": "a name"})
+
+
 def vocabulary_of(codes):
     return Vocabulary([*SPECIAL_TOKENS, *codes])
 
@@ -184,7 +187,7 @@ def test_half_precision_keeps_its_numbers(tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    build("binary", 35).save_pretrained(folder, vocabulary_of(CODES))
+    build("binary", 35).save_pretrained(folder, WITH_EDGES)
     return folder
 
 
@@ -194,7 +197,7 @@ def loads_as(model, folder):
     except (ValueError, FileNotFoundError) as error:
         assert str(folder) in str(error) and any(name in str(error) for name in ("config.json", "model.safetensors", "vocabulary.json")), error
         return False
-    assert same(loaded, model) and loaded.settings == model.settings and loaded.vocabulary.tokens == [*SPECIAL_TOKENS, *CODES]
+    assert same(loaded, model) and loaded.settings == model.settings and loaded.vocabulary == WITH_EDGES
     return True
 
 
@@ -242,7 +245,7 @@ def test_files_of_two_models_are_not_mixed(tmp_path):
     for mixed in ("config.json", "vocabulary.json", "model.safetensors"):
         shutil.copytree(tmp_path / "a", tmp_path / mixed)
         shutil.copy(tmp_path / "b" / mixed, tmp_path / mixed / mixed)
-        with pytest.raises(ValueError, match="is not the one that was saved with the weights|its tokens are not those"): BEHRTForSurvival.from_pretrained(tmp_path / mixed)
+        with pytest.raises(ValueError, match="is not the one that was saved with the weights|is not the vocabulary"): BEHRTForSurvival.from_pretrained(tmp_path / mixed)
 
 
 class Trap:

@@ -120,7 +120,7 @@ def _read_tensors(path, config):
         if digests.get(name) != _digest(tensors[name]): raise ValueError(f"{path}: damaged, the tensor '{name}' is not the one that was written. Copy it again, or save the model again.")
     return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
-# %% ../nbs/05b_saved_models.ipynb #811621a6
+# %% ../nbs/05b_saved_models.ipynb #391b484f
 def _read_config(path):
     "What `config.json` holds. Raises `FileNotFoundError` or `ValueError`."
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there. Is {path.parent} a saved model?")
@@ -149,9 +149,9 @@ def _read_vocabulary(path, digest):
     "The vocabulary that belongs to the weights, or None if there never was one. Raises `FileNotFoundError` or `ValueError`."
     if digest is None: return None
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there, but the model was saved with it. Copy the whole folder.")
-    try: vocabulary = Vocabulary.from_json(path.read_text(encoding="utf-8"))
+    try: text = path.read_text(encoding="utf-8"); vocabulary = Vocabulary.from_json(text)
     except (ValueError, TypeError) as error: raise ValueError(f"{path}: cannot be read ({error}). Copy it again, or save the model again.") from None
-    if _json_digest(vocabulary.tokens) != digest: raise ValueError(f"{path}: its tokens are not those that the model was saved with. Copy the whole folder again.")
+    if _json_digest(json.loads(text)) != digest: raise ValueError(f"{path}: is not the vocabulary that the model was saved with. Copy the whole folder again.")
     return vocabulary
 
 # %% ../nbs/05b_saved_models.ipynb #f2fb518c
@@ -279,7 +279,7 @@ def _load(model_class, folder, vocabulary, changes):
     model.loaded = Loaded(stored["model"], list(source), [n for n in model.state_dict() if n not in source], [n for n in tensors if n not in set(source.values())], **codes)
     return model.eval()
 
-# %% ../nbs/05b_saved_models.ipynb #80971dbd
+# %% ../nbs/05b_saved_models.ipynb #58445cb0
 class SavedModel(nn.Module):
     """Base of the models that are saved as folders. A subclass passes the arguments of its constructor on: `super().__init__(config, name=value, ...)`, all JSON-able.
 
@@ -318,7 +318,7 @@ class SavedModel(nn.Module):
         size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
         if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
         config = {"model": type(self).__name__, "config_class": type(self.config).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
-                  "vocabulary": None if vocabulary is None else _json_digest(vocabulary.tokens), "settings": self.settings}
+                  "vocabulary": None if vocabulary is None else _json_digest(json.loads(vocabulary.to_json())), "settings": self.settings}
         json.dumps(config)  # before anything is touched
         with whole_folder(folder, replace=True) as partial: _write(partial, config, tensors, tied, vocabulary)
 

@@ -224,6 +224,14 @@ def test_new_codes_are_ranked_among_those_not_had(cohort):
         assert not evaluate_next_visit(lambda _: torch.where(struck, scores + 99, scores), [batch], ks=(1, 2), kinds=(kind,), candidates="all").equals(tables[0])
 
 
+def test_special_tokens_are_never_listed(cohort):
+    batch = attach_next_visit(make_batch(cohort, range(60)), cohort)
+    scores = torch.rand(int(batch["next_mask"].sum()), len(cohort.vocabulary), generator=torch.Generator().manual_seed(0))
+    high = scores.clone()
+    high[:, :5] += 99
+    for candidates in ("kind", "all"): assert evaluate_next_visit(lambda _: high, [batch], ks=(2,), candidates=candidates).equals(evaluate_next_visit(lambda _: scores, [batch], ks=(2,), candidates=candidates))
+
+
 def test_pairs_take_little_memory():
     "Fifty patients with forty visits and a vocabulary of 20,000: a dense table of targets would take 40 MB at one byte an entry."
     patients = [[[f"X{(i * 40 + v) * 10 + c}" for c in range(10)] for v in range(40)] for i in range(50)]

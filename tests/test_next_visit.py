@@ -207,6 +207,7 @@ def test_evaluation_does_not_depend_on_batches(cohort):
     for table in tables[1:]:
         assert table.drop(columns=["recall", "precision"]).equals(tables[0].drop(columns=["recall", "precision"]))
         np.testing.assert_allclose(table[["recall", "precision"]], tables[0][["recall", "precision"]], rtol=1e-9)
+    assert (tables[0]["visits"] + tables[0]["left_out"] == (cohort.n_visits - 1).sum()).all() and tables[0]["left_out"].max() > 0
     assert tables[0].query("k == 50")["recall"].tolist() == pytest.approx([1, 1, 1])
     one_list = evaluate_next_visit(own_history(rates), BatchLoader(cohort, transform=attach), ks=(3,), candidates="all").set_index("kind")
     hits = one_list["precision"] * one_list["visits"]
@@ -292,6 +293,12 @@ def test_every_parameter_learns_and_low_precision_is_finite(cohort):
     assert weight == int(batch["next_mask"].sum()) + int((batch["masked_labels"] >= 0).sum())
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not still, still
+    model.eval()
+    model.mlm_weight, model.next_visit_weight = 0.7, 0.2
+    outputs = model(batch)
+    parts = model.losses(outputs, batch)
+    loss = model.loss(outputs, batch)[0]
+    torch.testing.assert_close(loss, 0.7 * parts["mlm"][0] + 0.2 * parts["next_visit"][0])
     with torch.autocast("cpu", dtype=torch.bfloat16): low = model.loss(model(batch), batch)[0]
     assert torch.isfinite(low) and low.item() == pytest.approx(loss.item(), rel=0.1)
 
@@ -323,7 +330,7 @@ def test_training_starts_at_the_base_rates(cohort):
     model.start_from(rates)
     start, share, r = model.loss(model(batch), batch)[0].item(), next_visit_targets(batch, 14).double().mean(0)[5:], rates[5:].double().clamp(1e-6)
     entropy = -(share * r.log() + (1 - share) * (1 - r).log()).sum().item()
-    assert start == pytest.approx(entropy, rel=0.02) and before > start
+    assert start == pytest.approx(entropy, rel=0.02) and before > start and torch.isfinite(model(batch)).all()
     torch.testing.assert_close(model.predict_next(batch), rates.expand(60, -1), atol=0.1, rtol=0.1)
 
 

@@ -124,21 +124,31 @@ def code_layer(
 
 def _to_explain(codes): return (codes != PAD) & (codes != CLS) & (codes != SEP)
 
-# %% ../nbs/16c_explain.ipynb #53951a2f
+# %% ../nbs/16c_explain.ipynb #c4e951dc
+@contextlib.contextmanager
+def _replaced(layer, hook):
+    "Hand a layer's output to a function for a while; what it returns, if anything, takes the output's place."
+    handle = layer.register_forward_hook(lambda module, inputs, output: hook(output))
+    try: yield
+    finally: handle.remove()
+
+
 def _integrate(model, one, options, baseline, n_steps):
     "Attributions of each place of one patient's codes, (1, ...), by captum, and the scores of the history and of its baseline."
-    try: from captum.attr import LayerIntegratedGradients
+    try: from captum.attr import IntegratedGradients
     except ImportError: raise ImportError("Integrated gradients need captum: pip install 'ehr_sequencing[explain]'") from None
     layer, key = code_layer(model)
     if key not in one: raise ValueError(f"batch: {type(model).__name__} reads {key}, which is not there; make the batch with another layout")
-    others = [name for name in one if name not in (key, *(_NESTED if key == "codes" else _FLAT))]
-    codes, rest = one[key], tuple(one[name] for name in others)
-    without = torch.where(_to_explain(codes), baseline, codes)
-    score = lambda codes, *rest: explained_score(model, {key: codes, **dict(zip(others, rest))}, **options)
-    with torch.no_grad(): ends = [score(c, *rest).item() for c in (codes, without)]
+    inputs = {name: tensor for name, tensor in one.items() if name not in (_NESTED if key == "codes" else _FLAT)}
+    without, ends, scores = torch.where(_to_explain(one[key]), baseline, one[key]), [], []
+    for codes in (one[key], without):
+        with torch.no_grad(), _replaced(layer, lambda output: ends.append(output.clone())): scores.append(explained_score(model, inputs | {key: codes}, **options).item())
+    def score(vectors, *tensors):  # the embedding's output is replaced by a copy, since a model may change it in place
+        with _replaced(layer, lambda output: vectors.clone()): return explained_score(model, dict(zip(inputs, tensors)), **options)
     with torch.backends.cudnn.flags(enabled=False):  # whose LSTM has no backward pass in evaluation mode
-        vectors = LayerIntegratedGradients(score, layer).attribute(codes, without, additional_forward_args=rest, n_steps=n_steps, internal_batch_size=max(1, 16384 // codes.numel()))
-    return vectors.sum(-1).detach(), *ends
+        vectors = IntegratedGradients(score).attribute(*ends, additional_forward_args=tuple(inputs.values()), n_steps=n_steps, internal_batch_size=max(1, 16384 // one[key].numel()))
+    values = vectors.sum(-1).detach()
+    return values[:, values.shape[1] - one[key].shape[1]:], *scores  # a model that puts [CLS] in front has one place more
 
 # %% ../nbs/16c_explain.ipynb #5e6cb363
 @dataclass
@@ -256,7 +266,7 @@ def plot_visit_attention(
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label="weight")
     return ax
 
-# %% ../nbs/16c_explain.ipynb #731b0a13
+# %% ../nbs/16c_explain.ipynb #a11a0043
 def patient_effects(
     attributions: Attributions, # of one patient, on the scale "log_hazard"
     n_codes: int = 4, # codes to name in each direction
@@ -275,10 +285,11 @@ def risk_path(
     one: dict, # from `history_until`
     horizon: float | None = None, # days
 ) -> np.ndarray: # (V,) risk after each visit
-    "The risk after each visit of one patient, which knows the visits so far."
+    "The risk after each visit of one patient, which knows the visits so far. Raises `ValueError` for a model that is no survival model."
+    if not hasattr(model, "horizons"): raise ValueError(f"model: {type(model).__name__} has one answer for a whole history; a path of risks needs a survival model")
     with _evaluating(model), torch.no_grad(): return _risks(model, one, horizon, 0)[0].cpu().numpy()
 
-# %% ../nbs/16c_explain.ipynb #c6170ce5
+# %% ../nbs/16c_explain.ipynb #6225a930
 _UP, _DOWN = COLORS[2], COLORS[0]
 
 
@@ -308,8 +319,9 @@ def plot_patient(
 ): # the axes
     "One patient's risk after each visit, and the codes that raised and lowered the last one. Raises as `attribute_codes`. Do not publish it of a real person."
     import matplotlib.pyplot as plt
-    found, one = attribute_codes(model, batch, vocabulary, [row], horizon, None if landmark is None else [landmark], baseline=baseline), history_until(batch, row, landmark)
-    effects, risks = patient_effects(found, n_codes), risk_path(model, one, horizon)
+    one = history_until(batch, row, landmark)
+    risks, found = risk_path(model, one, horizon), attribute_codes(model, batch, vocabulary, [row], horizon, None if landmark is None else [landmark], baseline=baseline)
+    effects = patient_effects(found, n_codes)
     years = np.expm1(one["time_features"][0, :, 1].cpu().numpy()) / 365.25
     if axes is None: axes = plt.subplots(2, 1, figsize=(7, 2.3 + 0.24 * len(effects)), sharex=True, layout="constrained", height_ratios=[1.7, 0.3 + 0.24 * len(effects)])[1]
     days = horizon or (model.horizons[-1] if model.horizons else None)

@@ -230,6 +230,8 @@ def test_how_much_is_hidden():
     n = len(rate)
     for share, expected in (((rate == 0).float().mean(), 0.5), ((rate > 0.9999).float().mean(), 0.5 / 6), (((rate > 0.25) & (rate < 0.75)).float().mean(), 0.5 * 0.5 / 1.2)):
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / n) + 0.004
+    at_places = (HideCodes(1.0)(batch)["codes"][:, 1:] == MASK).float().mean(0)  # no place is hidden in everybody
+    assert at_places.std() < 0.06 and abs(at_places.mean() - (0.5 / 1.2 + 1 / 6)) < 0.08
     with pytest.raises(ValueError, match=r"share: expected a number in \[0, 1\]"): HideCodes(1.5)
 
 

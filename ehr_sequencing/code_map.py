@@ -27,7 +27,7 @@ from .metrics import COLORS, MARKERS
 from .sequences import SequenceStore, row_numbers
 from .vocabulary import SPECIAL_TOKENS, Vocabulary
 
-# %% ../nbs/16b_code_map.ipynb #3b5beff5
+# %% ../nbs/16b_code_map.ipynb #264ff054
 _ICD10 = (("A", "infections"), ("C", "neoplasms"), ("D50", "blood and immune system"), ("E", "endocrine and metabolic"), ("F", "mental"), ("G", "nervous system"), ("H", "eye"), ("H60", "ear"), ("I", "circulatory"), ("J", "respiratory"),
           ("K", "digestive"), ("L", "skin"), ("M", "musculoskeletal"), ("N", "genitourinary"), ("O", "pregnancy and childbirth"), ("P", "perinatal"), ("Q", "congenital"), ("R", "symptoms and findings"), ("S", "injury and poisoning"),
           ("U", "special purposes"), ("V", "external causes"), ("Z", "contact with services"))
@@ -38,7 +38,7 @@ _ATC = {"A": "alimentary tract, metabolism", "B": "blood", "C": "cardiovascular"
 _WHOLE = {"LOINC": "laboratory, measurements", "CPT4": "procedures", "HCPCS": "procedures", "SNOMED": "SNOMED CT", "RXNORM": "drugs (RxNorm)", "NDC": "drugs (NDC)"}
 _ICD_CODE = re.compile(r"^(?P<system>(?:\w+//)?ICD-?_?(?P<edition>9|10)?\w*)//(?:(?P<number>9|10)//)?(?P<code>[A-Z0-9.]+)$", re.IGNORECASE)
 
-
+# %% ../nbs/16b_code_map.ipynb #fc37fd9c
 def _icd_chapter(edition, code):
     "Chapter of an ICD code, or None."
     code = code.upper()

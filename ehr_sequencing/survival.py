@@ -52,7 +52,7 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #ebe9be1f
+# %% ../nbs/11_survival.ipynb #7b5e3c0f
 class SurvivalModel(nn.Module):
     """Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K).
 
@@ -64,6 +64,13 @@ class SurvivalModel(nn.Module):
         super().__init__()
         self.horizons = None if horizons is None else tuple(float(h) for h in horizons)
         self.settings = settings or {}
+
+    def loss(self,
+        logits: Tensor, # (B, V) or (B, V, K), from `forward`
+        batch: dict, # with the labels of `attach_labels`
+    ) -> tuple: # scalar mean loss a patient, number of patients
+        "The loss to train on. Raises `ValueError` as `survival_loss`."
+        return survival_loss(logits, batch), len(logits)
 
     @torch.no_grad()
     def _logits(self, batch):

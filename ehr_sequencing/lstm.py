@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MeanVisitEncoder', 'LSTMConfig', 'SurvivalLSTM']
 
-# %% ../nbs/12_lstm.ipynb #9489d030
-import dataclasses
+# %% ../nbs/12_lstm.ipynb #ef6d043c
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,9 +15,11 @@ from .embeddings import AgeEmbedding, TimeEmbedding
 from .survival import HazardHead, SurvivalModel
 from .vocabulary import PAD
 
-# %% ../nbs/12_lstm.ipynb #3dfdc1d1
+# %% ../nbs/12_lstm.ipynb #d37a6348
 class MeanVisitEncoder(nn.Module):
     "Mean of code embeddings, plus age, plus time features: one vector a visit."
+    vocabulary_rows = ("code.weight",) # moves between vocabularies by code
+
     def __init__(self,
         vocab_size: int, # number of tokens
         dim: int, # size of the vectors
@@ -64,24 +65,21 @@ class LSTMConfig:
         "Embedding 256, hidden 512, 3 layers."
         return cls(vocab_size, **({"embedding_dim": 256, "hidden_size": 512, "num_layers": 3} | changes))
 
-# %% ../nbs/12_lstm.ipynb #975ad77d
+# %% ../nbs/12_lstm.ipynb #dfa7a00d
 class SurvivalLSTM(SurvivalModel):
     "Visit vectors, a forward LSTM, a hazard head. `sequence_mask` must be True for real visits, which come first in each row."
+    config_class = LSTMConfig
+
     def __init__(self,
         config: LSTMConfig, # sizes
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
     ):
-        super().__init__(horizons, {"config": dataclasses.asdict(config)})
-        c = self.config = config
+        super().__init__(config, horizons)
+        c = config
         self.visit_encoder = MeanVisitEncoder(c.vocab_size, c.embedding_dim, c.max_age, c.use_time)
         self.norm, self.dropout = nn.LayerNorm(c.embedding_dim), nn.Dropout(c.dropout)
         self.lstm = nn.LSTM(c.embedding_dim, c.hidden_size, c.num_layers, batch_first=True, dropout=c.dropout if c.num_layers > 1 else 0.0)
         self.head = HazardHead(c.hidden_size, 1 if horizons is None else len(self.horizons), c.dropout)
-
-    @classmethod
-    def from_settings(cls, settings, horizons): # -> SurvivalLSTM
-        "Build from what `config.json` holds."
-        return cls(LSTMConfig(**settings["config"]), horizons)
 
     def forward(self, batch: dict) -> Tensor: # logits (B, V) or (B, V, K)
         "Hazard logits at every visit. Raises `ValueError` for patients without a visit."

@@ -5,19 +5,15 @@
 # %% auto #0
 __all__ = ['survival_from_logits', 'risk_within', 'survival_loss', 'SurvivalModel', 'HazardHead', 'BEHRTForSurvival']
 
-# %% ../nbs/11_survival.ipynb #a7df25f5
-import dataclasses
-import json
-from pathlib import Path
-
+# %% ../nbs/11_survival.ipynb #444a87f4
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .aggregation import pool_visits
 from .behrt import BEHRT, BEHRTConfig
 from .losses import horizon_loss, survival_nll
+from .saved_models import SavedModel
 
 # %% ../nbs/11_survival.ipynb #c4c8bbc8
 def survival_from_logits(
@@ -52,25 +48,26 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #7b5e3c0f
-class SurvivalModel(nn.Module):
-    """Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K).
+# %% ../nbs/11_survival.ipynb #d14f5ace
+class SurvivalModel(SavedModel):
+    "Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K)."
+    question = ("horizons",)
 
-    A subclass passes what its own constructor needs as `settings`, so that it can be saved and loaded."""
     def __init__(self,
+        config, # sizes, of the subclass's `config_class`
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
-        settings: dict | None = None, # arguments of the subclass, for `save_pretrained`
+        **settings, # the other arguments of the subclass's constructor, JSON-able
     ):
-        super().__init__()
-        self.horizons = None if horizons is None else tuple(float(h) for h in horizons)
-        self.settings = settings or {}
+        horizons = None if horizons is None else tuple(float(h) for h in horizons)
+        super().__init__(config, horizons=horizons, **settings)
+        self.horizons = horizons
 
     def loss(self,
-        logits: Tensor, # (B, V) or (B, V, K), from `forward`
+        outputs: Tensor, # logits of `forward`
         batch: dict, # with the labels of `attach_labels`
-    ) -> tuple: # scalar mean loss a patient, number of patients
-        "The loss to train on. Raises `ValueError` as `survival_loss`."
-        return survival_loss(logits, batch), len(logits)
+    ) -> tuple: # scalar loss, number of patients
+        "`survival_loss`, and the number of patients over which it is the mean. Raises `ValueError` if no patient of the batch is at risk."
+        return survival_loss(outputs, batch), len(outputs)
 
     @torch.no_grad()
     def _logits(self, batch):
@@ -99,27 +96,6 @@ class SurvivalModel(nn.Module):
         at = batch["sequence_mask"].sum(1) - 1 if landmarks is None else landmarks
         return risks[torch.arange(len(risks), device=risks.device), at]
 
-    def save_pretrained(self,
-        folder, # created if missing
-    ):
-        "Write `config.json` and `model.safetensors`."
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model": type(self).__name__, "horizons": self.horizons, "settings": self.settings}
-        (folder/"config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder/"model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder): # -> the model, in evaluation mode
-        "Load what `save_pretrained` wrote. Raises `ValueError` if the folder holds another kind of model."
-        folder = Path(folder)
-        if not (folder/"config.json").is_file(): raise FileNotFoundError(f"{folder/'config.json'}: not there. Is {folder} a saved model?")
-        config = json.loads((folder/"config.json").read_text(encoding="utf-8"))
-        if config["model"] != cls.__name__: raise ValueError(f"{folder}: holds a {config['model']}, not a {cls.__name__}")
-        model = cls.from_settings(config["settings"], config["horizons"])
-        model.load_state_dict(load_file(folder/"model.safetensors"))
-        return model.eval()
-
 # %% ../nbs/11_survival.ipynb #c2cd9734
 class HazardHead(nn.Module):
     "Linear d to d/2, ReLU, dropout, linear to one logit a step."
@@ -137,9 +113,11 @@ class HazardHead(nn.Module):
         "Hazard logits."
         return self.layers(x)
 
-# %% ../nbs/11_survival.ipynb #8d4ebf15
+# %% ../nbs/11_survival.ipynb #d171a0f0
 class BEHRTForSurvival(SurvivalModel):
     "BEHRT encoder, mean over each visit's tokens, hazard head. Refuses bidirectional attention unless told that it leaks."
+    config_class, encoder = BEHRTConfig, "behrt"
+
     def __init__(self,
         config: BEHRTConfig, # of the encoder
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
@@ -151,14 +129,9 @@ class BEHRTForSurvival(SurvivalModel):
             if not allow_future_leakage: raise ValueError(f"{message}, or pass allow_future_leakage=True to study the leak.")
             import warnings
             warnings.warn(f"This model leaks the future: {message}.", stacklevel=2)
-        super().__init__(horizons, {"config": dataclasses.asdict(config), "allow_future_leakage": allow_future_leakage})
+        super().__init__(config, horizons, allow_future_leakage=allow_future_leakage)
         self.behrt = BEHRT(config)
         self.head = HazardHead(config.hidden_size, 1 if horizons is None else len(self.horizons), config.dropout)
-
-    @classmethod
-    def from_settings(cls, settings, horizons): # -> BEHRTForSurvival
-        "Build from what `config.json` holds."
-        return cls(BEHRTConfig(**settings["config"]), horizons, settings["allow_future_leakage"])
 
     def forward(self, batch: dict) -> Tensor: # logits (B, V) or (B, V, K)
         "Hazard logits at every visit."

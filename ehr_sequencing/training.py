@@ -64,7 +64,7 @@ def make_accelerator(
         raise ValueError(f"device: this process already trains on {accelerator.device.type} and cannot change to {device}; start a new one")
     return accelerator
 
-# %% ../nbs/16_training.ipynb #6b436afa
+# %% ../nbs/16_training.ipynb #2b658a2e
 def to_device(
     batch: dict, # of tensors
     device, # torch device
@@ -76,8 +76,8 @@ def to_device(
 def n_patients(
     batches: list, # of `make_batch`
 ) -> int: # patients
-    "Patients in some batches."
-    return sum(len(b["rows"]) for b in batches)
+    "Patients in some batches; two views of one count once."
+    return sum(len(b["rows"].unique()) for b in batches)
 
 
 def gather_batches(
@@ -152,7 +152,7 @@ def train_step(
     optimizer.step()
     return mean_over_units(parts, where), units
 
-# %% ../nbs/16_training.ipynb #ae799284
+# %% ../nbs/16_training.ipynb #603afa6c
 class Trainer:
     "Fit a model; afterwards it holds the weights of the epoch with the lowest validation loss."
     def __init__(self,
@@ -170,11 +170,12 @@ class Trainer:
         seed: int = 0, # of dropout
         label: str = "training", # shown in front of the progress
         show_progress: bool = True, # bar or lines
+        after_epoch=None, # called with the model, in evaluation mode, after each epoch; the dict that it returns joins the history
     ):
         if epochs < 1: raise ValueError(f"epochs: expected at least 1, got {epochs}")
         if not callable(getattr(model, "loss", None)): raise TypeError(f"model: expected one with a method `loss(outputs, batch)` that gives a mean and its weight; {type(model).__name__} has none")
         self.train, self.validation, self.epochs, self.patience, self.max_norm = train, validation, epochs, patience, max_norm
-        self.seed, self.label, self.show_progress = seed, label, show_progress
+        self.seed, self.label, self.show_progress, self.after_epoch = seed, label, show_progress, after_epoch
         self.accelerator = make_accelerator(device, mixed_precision)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, learning_rate, weight_decay, self.accelerator.device.type))
         self.learning_rate, self.patients_per_step, self.seen, self.history = learning_rate, patients_per_step, 0, []
@@ -203,7 +204,7 @@ class Trainer:
             began = time.perf_counter()
             row = {"epoch": epoch, "train_loss": self._train_epoch(epoch), "validation_loss": mean_loss(self.model, self.validation, self.accelerator.device),
                    "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began}
-            self.history.append(row)
+            self.history.append(row | (self.after_epoch(self.model) if self.after_epoch else {}))
             progress.step(f"loss {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}")
             if row["validation_loss"] < best: best, since, best_state = row["validation_loss"], 0, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
             else: since += 1

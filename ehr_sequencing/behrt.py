@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'TokenGrid', 'WholeGrid', 'SelfAttention',
-           'grid_attention', 'EncoderBlock', 'BEHRT', 'count_parameters', 'pool_sequence', 'prepend_cls']
+           'grid_attention', 'EncoderBlock', 'packed_attention', 'BEHRT', 'count_parameters', 'pool_sequence',
+           'prepend_cls']
 
-# %% ../nbs/06_behrt.ipynb #cf186f7a
+# %% ../nbs/06_behrt.ipynb #a262d878
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .dropout import Dropout
 from .embeddings import BEHRTEmbedding
 from .saved_models import SavedModel
 from .vocabulary import CLS
@@ -125,7 +126,7 @@ class WholeGrid:
         "The list as a grid."
         return x.view(*self.shape, x.shape[-1])
 
-# %% ../nbs/06_behrt.ipynb #dfb2c9ab
+# %% ../nbs/06_behrt.ipynb #8f181f32
 class SelfAttention(nn.Module):
     "Multi-head attention with separate query, key, value and output projections."
     def __init__(self,
@@ -146,7 +147,7 @@ class SelfAttention(nn.Module):
         keys: Tensor, # (B, L, d)
         allowed: Tensor, # (B, M, L) bool
     ) -> Tensor: # (B, heads, M, L); each row sums to 1
-        "The attention weights, written out: softmax of the scaled products over the allowed keys."
+        "The attention weights: softmax of the scaled products over the allowed keys."
         scores = self._heads(queries) @ self._heads(keys).transpose(2, 3) / math.sqrt(queries.shape[2] // self.num_heads)  # (B, heads, M, L)
         return scores.masked_fill(~allowed.unsqueeze(1), -math.inf).softmax(-1)
 
@@ -156,12 +157,12 @@ class SelfAttention(nn.Module):
         values: Tensor, # (B, L, d)
         allowed: Tensor, # (B, M, L) bool, which query may see which key
     ) -> Tensor: # (B, M, d)
-        "Weighted means of the values, by the fused kernel."
+        "Weighted means of the values, by the fused kernel, which never holds the matrix of weights."
         q, k, v = self._heads(queries), self._heads(keys), self._heads(values)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.unsqueeze(1), dropout_p=self.dropout if self.training else 0.0)
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2)  # (B, M, d)
 
-# %% ../nbs/06_behrt.ipynb #75899e97
+# %% ../nbs/06_behrt.ipynb #b4adac3e
 def grid_attention(
     grid, # `TokenGrid` or `WholeGrid` of keys and values
     allowed: Tensor, # (B, M, L) bool, which query may see which key
@@ -190,7 +191,7 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(hidden_size, num_heads, attention_dropout)
         self.norm1, self.norm2 = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.up, self.down = nn.Linear(hidden_size, intermediate_size), nn.Linear(intermediate_size, hidden_size)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self,
         x: Tensor, # (n, d) list of tokens
@@ -205,7 +206,34 @@ class EncoderBlock(nn.Module):
         x = x + self.dropout(self.attention.output(mixed))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
-# %% ../nbs/06_behrt.ipynb #c8902e71
+# %% ../nbs/06_behrt.ipynb #5eca0df9
+@functools.lru_cache(maxsize=None)
+def _flex(compiled):
+    "Flex attention and the maker of its block masks, compiled or as they are."
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    return (torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)) if compiled else (flex_attention, create_block_mask)
+
+
+def packed_attention(
+    grid: TokenGrid, # of the tokens
+    visit_ids: Tensor, # (B, L) int64
+    attention: str = "visit_causal", # or "bidirectional"
+    read: Tensor | None = None, # (m,) places in the list that are queries; all if None
+): # function (layer, q (m, d), k (n, d), v (n, d)) -> (m, d)
+    "Attention over a list of tokens, patient after patient, without padding. Needs torch 2.5 or later, and CUDA for training. Has no dropout on the weights."
+    attend_flex, make_mask = _flex(visit_ids.is_cuda)
+    rows, visits = grid.index // grid.shape[1], visit_ids.flatten().index_select(0, grid.index)  # (n,) patient and visit of each token
+    queries = torch.arange(len(rows), device=rows.device) if read is None else read
+    def may_see(b, h, i, j):
+        same = rows[queries[i]] == rows[j]
+        return same & (visits[j] <= visits[queries[i]]) if attention == "visit_causal" else same
+    mask = make_mask(may_see, None, None, len(queries), len(rows), device=str(rows.device))
+    def attend(layer, q, k, v):
+        q, k, v = (layer._heads(t.unsqueeze(0)) for t in (q, k, v))  # (1, heads, n, d / heads)
+        return attend_flex(q, k, v, block_mask=mask).transpose(1, 2).flatten(2).squeeze(0)
+    return attend
+
+# %% ../nbs/06_behrt.ipynb #2ea789b4
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -223,14 +251,17 @@ class BEHRT(SavedModel):
     def _layout(self, visit_ids, attention_mask, positions, attentions):
         "Grid of the tokens, attention for all blocks and for the last one, and the places in the list that the last one computes."
         grid = (TokenGrid if self.config.packed else WholeGrid)(attention_mask)
+        wanted = None if positions is None else TokenGrid(positions >= 0)
+        at = None if positions is None else positions.clamp(min=0)  # (B, M)
+        read = None if positions is None else grid.places.gather(1, at).flatten().index_select(0, wanted.index)  # (m,)
+        if self.config.packed and visit_ids.is_cuda and not self.config.attention_dropout and attentions is None:
+            rule = self.config.attention
+            return grid, packed_attention(grid, visit_ids, rule), packed_attention(grid, visit_ids, rule, read), read
         allowed = visit_attention_mask(visit_ids, attention_mask, self.config.attention)  # (B, L, L)
         everywhere = grid_attention(grid, allowed, attentions=attentions)
         if positions is None: return grid, everywhere, everywhere, None
-        at = positions.clamp(min=0)  # (B, M)
-        wanted = TokenGrid(positions >= 0)
         of_wanted = allowed.gather(1, at.unsqueeze(-1).expand(-1, -1, allowed.shape[2]))  # (B, M, L)
-        rows = torch.arange(len(at), device=at.device).unsqueeze(1)
-        return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), grid.places[rows, at].flatten().index_select(0, wanted.index)
+        return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
 
     def forward(self,
         codes: Tensor, # (B, L) int64 token ids

@@ -6,13 +6,12 @@
 __all__ = ['AgeEmbedding', 'VisitEmbedding', 'PositionalEmbedding', 'SinusoidalPositionalEncoding', 'time_features_of_tokens',
            'TimeEmbedding', 'BEHRTEmbedding']
 
-# %% ../nbs/05_embeddings.ipynb #269540d6
+# %% ../nbs/05_embeddings.ipynb #b3036785
 import math
 
 import torch
 from torch import Tensor, nn
 
-from .dropout import Dropout
 from .vocabulary import PAD
 
 # %% ../nbs/05_embeddings.ipynb #14cf8912
@@ -113,7 +112,7 @@ class TimeEmbedding(nn.Module):
         "Embed time features."
         return self.linear(features)
 
-# %% ../nbs/05_embeddings.ipynb #4ff62343
+# %% ../nbs/05_embeddings.ipynb #3c19a051
 class BEHRTEmbedding(nn.Module):
     "Code + age + visit + position (+ time), then LayerNorm and dropout."
     def __init__(self,
@@ -132,7 +131,7 @@ class BEHRTEmbedding(nn.Module):
         self.position = SinusoidalPositionalEncoding(dim) if position == "sinusoidal" else PositionalEmbedding(dim, max_visits)
         self.position_scale = nn.Parameter(torch.tensor(0.3))
         self.time = TimeEmbedding(dim) if use_time else None
-        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
         for layer in (self.code, self.visit.embedding): nn.init.normal_(layer.weight, std=0.5)
         with torch.no_grad(): self.code.weight[PAD].zero_()
 

@@ -1,0 +1,242 @@
+"""Real tokens per second of a full training step of masked-code prediction (forward, backward, AdamW), side by side in one process.
+
+    python benchmarks/speed.py                       # small preset on the processor; about five minutes
+    python benchmarks/speed.py --device cuda --size large
+
+Records have a heavy tail: their lengths here are log-normal with a mean of about 73 tokens, capped at 512. Compared are
+
+- ours: `BatchLoader`'s batches of similar length, `BEHRTForMLM`, which encodes in its last block, and gives logits for, the masked codes only;
+- a plain reference as a textbook has it: `nn.TransformerEncoder`, 64 random patients padded to the longest, logits for all positions;
+- Hugging Face's `BertForMaskedLM` of the same width and depth, on those random batches and on our batches;
+- the arithmetic limit: every matrix product of our step, of its own shape, timed alone, the fastest of three. What is missing to 100 % is all that is not a matrix product.
+
+All see the same masks, 15 % of the codes. Rounds are interleaved, so that a busy moment of the machine strikes all; ratios are taken within a round. Masking and batching are done before the clock starts, for all alike.
+Prints, and writes to benchmarks/results/speed.md (speed_cuda.md on a GPU).
+"""
+import contextlib
+import datetime
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from fastcore.script import call_parse
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, __version__ as transformers_version
+
+from ehr_sequencing.batches import BatchLoader, make_batch
+from ehr_sequencing.behrt import BEHRTConfig
+from ehr_sequencing.events import EventTable, event_table
+from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
+from ehr_sequencing.sequences import build_store
+from ehr_sequencing.vocabulary import fit_vocabulary
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOKEN_BUDGET, MAX_TOKENS, REFERENCE_PATIENTS, DROPOUT, SIGMA = 8192, 512, 64, 0.1, 1.0
+
+
+def heavy_tailed_store(n, n_codes, seed=0):
+    "Patients whose numbers of tokens are log-normal with a mean of about 73 after the cap; visits of four codes, which follow a Zipf distribution."
+    generator = np.random.default_rng(seed)
+    z = generator.normal(size=n)
+    grid = np.linspace(2, 6, 401)
+    means = [np.clip(np.exp(m + SIGMA * z), 2, MAX_TOKENS).mean() for m in grid]
+    lengths = np.clip(np.exp(grid[np.argmin(np.abs(np.array(means) - 73))] + SIGMA * z), 2, MAX_TOKENS).astype(int)
+    owner = np.repeat(np.arange(n), lengths)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    codes = (generator.zipf(1.2, len(owner)) - 1) % n_codes
+    times = np.datetime64("2010-01-01T08:00", "us") + (place // 4) * np.timedelta64(30, "D") + (place % 4) * np.timedelta64(1, "m")
+    events = event_table(pl.DataFrame({"subject_id": owner, "time": times, "code": pl.Series(codes).cast(pl.String), "numeric_value": pl.Series([None] * len(owner), dtype=pl.Float32)}))
+    store = build_store(EventTable(events), fit_vocabulary(events, min_patients=1))
+    return store, lengths
+
+
+class Textbook(nn.Module):
+    "Token and position embeddings, PyTorch's encoder with its defaults, logits for every position."
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        self.code, self.position = nn.Embedding(config.vocab_size, d), nn.Embedding(MAX_TOKENS, d)
+        layer = nn.TransformerEncoderLayer(d, config.num_heads, config.intermediate_size, DROPOUT, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
+        self.output = nn.Linear(d, config.vocab_size)
+
+    def forward(self, batch):
+        x = self.code(batch["codes"]) + self.position.weight[:batch["codes"].shape[1]]
+        logits = self.output(self.encoder(x, src_key_padding_mask=~batch["attention_mask"]))
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+
+
+class HuggingFace(nn.Module):
+    "`BertForMaskedLM` of the same sizes, with the same dropout as ours: on what is added, not on the attention weights, where it would cost it its fused kernel."
+    def __init__(self, config):
+        super().__init__()
+        self.bert = BertForMaskedLM(BertConfig(vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, intermediate_size=config.intermediate_size,
+                                               max_position_embeddings=MAX_TOKENS, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=0.0, attn_implementation="sdpa"))
+
+    def forward(self, batch): return self.bert(input_ids=batch["codes"], attention_mask=batch["attention_mask"].long(), labels=batch["labels"]).loss
+
+
+class Ours(nn.Module):
+    "`BEHRTForMLM`; as a variant, with a last block that computes all tokens."
+    def __init__(self, config, read_all=False):
+        super().__init__()
+        self.model, self.read_all = BEHRTForMLM(config), read_all
+
+    def forward(self, batch):
+        if not self.read_all: return self.model.loss(self.model(batch), batch)[0]
+        hidden, at = self.model.behrt.encode(batch), batch["masked_positions"]
+        picked = hidden.gather(1, at.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[2]))[at >= 0]
+        return self.model.loss(self.model.head(picked, self.model.behrt.embedding.code.weight), batch)[0]
+
+
+def with_labels(batch, device):
+    "Labels for every position as well, -100 where nothing is masked, and everything on the device."
+    labels, at = torch.full_like(batch["codes"], -100), batch["masked_positions"]
+    rows, slots = (at >= 0).nonzero(as_tuple=True)
+    labels[rows, at[rows, slots]] = batch["masked_labels"][rows, slots]
+    return {k: v.to(device) for k, v in (batch | {"labels": labels}).items()}
+
+
+def tokens_of(batches): return sum(int(b["attention_mask"].sum()) for b in batches)
+
+
+def padding_of(batches): return 1 - tokens_of(batches) / sum(b["codes"].numel() for b in batches)
+
+
+class Clock:
+    "Seconds of calls, with the device finished before and after."
+    def __init__(self, device, precision): self.device, self.precision = device, precision
+    def context(self): return torch.autocast(self.device, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+
+    def __call__(self, function):
+        if self.device == "cuda": torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        if self.device == "cuda": torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def make_epoch(build, batches, clock, compiled=False):
+    "A function that trains a fresh model on batches, one step each."
+    torch.manual_seed(0)
+    model = build().to(clock.device).train()
+    run = torch.compile(model, dynamic=True) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def epoch():
+        for batch in batches:
+            optimizer.zero_grad()
+            with clock.context(): loss = run(batch)
+            loss.backward()
+            optimizer.step()
+    return epoch
+
+
+def products(config, batch):
+    "The matrix products of our forward pass on a batch: (rows, from, to) of linear layers, and (B, queries, keys) of attention."
+    n, m = batch["codes"].numel(), int((batch["masked_positions"] >= 0).sum())
+    d, e, w = config.hidden_size, config.embedding_dim, config.intermediate_size
+    whole, last = [(n, d, d)] * 4 + [(n, d, w), (n, w, d)], [(n, d, d)] * 2 + [(m, d, d)] * 2 + [(m, d, w), (m, w, d)]
+    (B, L), M = batch["codes"].shape, batch["masked_positions"].shape[1]
+    return [(n, e, d), *whole * (config.num_layers - 1), *last, (m, d, e), (m, e, config.vocab_size)], [(B, L, L)] * (config.num_layers - 1) + [(B, M, L)]
+
+
+def make_limit(config, batches, clock):
+    "A function that gives the seconds of all matrix products of an epoch, forward and backward, each alone and as the fastest of three; and their number of operations."
+    dtype = torch.bfloat16 if clock.precision == "bf16" else torch.float32
+    draw = lambda *shape: torch.randn(*shape, device=clock.device, dtype=dtype)
+    heads, width, calls, operations = config.num_heads, config.hidden_size // config.num_heads, [], 0
+    biggest = max(max(r * i, i * o, r * o) for b in batches for r, i, o in products(config, b)[0])
+    pool = draw(3, max(biggest, max(B * heads * M * L for b in batches for B, M, L in products(config, b)[1])))
+    take = lambda k, *shape: pool[k, :int(np.prod(shape))].view(*shape)
+    for batch in batches:
+        linear, attention = products(config, batch)
+        for r, i, o in linear:
+            x, w, g = take(0, r, i), take(1, o, i), take(2, r, o)
+            calls += [lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x]
+            operations += 6 * r * i * o
+        for B, M, L in attention:
+            q, k, p = take(0, B * heads, M, width), take(1, B * heads, L, width), take(2, B * heads, M, L)
+            calls += [lambda q=q, k=k: q @ k.mT, lambda p=p, k=k: p @ k] * 2 + [lambda p=p, q=q: p.mT @ q] * 2
+            operations += 12 * B * heads * M * L * width
+    return lambda: sum(min(clock(call) for _ in range(3)) for call in calls), operations
+
+
+def peak(clock):
+    "Operations a second of one large square product."
+    n = 8192 if clock.device == "cuda" else 2048
+    a = torch.randn(n, n, device=clock.device, dtype=torch.bfloat16 if clock.precision == "bf16" else torch.float32)
+    return 2 * n**3 / min(clock(lambda: a @ a) for _ in range(5))
+
+
+def median_range(values, form="{:.2f}"): return f"{form.format(np.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+@call_parse
+def main(
+    size: str = "small", # preset: small, medium or large
+    patients: int = 2000, # in an epoch of ours; the references see a part of them
+    vocab: int = 5000, # codes
+    rounds: int = 5, # interleaved repetitions
+    device: str = "cpu", # or cuda, with bfloat16
+    out: str = "", # Markdown file; under benchmarks/results if empty
+):
+    "Compare training steps and write the page."
+    clock = Clock(device, "bf16" if device == "cuda" else "fp32")
+    store, lengths = heavy_tailed_store(patients, vocab)
+    n = len(store.vocabulary)
+    config = getattr(BEHRTConfig, size)(n, attention="bidirectional", dropout=DROPOUT)
+    change = lambda **changes: BEHRTConfig(**vars(config) | changes)
+    mask = MaskCodes(n)
+    loader = BatchLoader(store, token_budget=TOKEN_BUDGET if device == "cpu" else 16 * TOKEN_BUDGET, max_tokens=MAX_TOKENS, shuffle=True, layout="flat", transform=mask)
+    began = time.perf_counter()
+    ours = [with_labels(b, device) for b in loader]
+    preparation = time.perf_counter() - began
+    order = np.random.default_rng(1).permutation(len(store))
+    n_random = 3 if device == "cpu" else len(store) // REFERENCE_PATIENTS
+    random = [with_labels(mask(make_batch(store, order[i * REFERENCE_PATIENTS:(i + 1) * REFERENCE_PATIENTS], max_tokens=MAX_TOKENS, layout="flat")), device) for i in range(n_random)]
+    third = ours[::3] if device == "cpu" else ours  # enough for what is several times slower
+
+    limit, operations = make_limit(config, ours, clock)
+    arms = {"ours": (lambda: Ours(config), ours), "ours, padding dropped (packed)": (lambda: Ours(change(packed=True)), ours),
+            "ours, last block computes all": (lambda: Ours(config, read_all=True), ours),
+            "Hugging Face on our batches": (lambda: HuggingFace(config), third), "Hugging Face on our batches, no dropout": (lambda: HuggingFace(change(dropout=0.0)), third), "ours, no dropout": (lambda: Ours(change(dropout=0.0)), ours),
+            "Hugging Face on random batches": (lambda: HuggingFace(config), random), "textbook on random batches": (lambda: Textbook(config), random)}
+    epochs = {name: make_epoch(build, batches, clock) for name, (build, batches) in arms.items()}
+    if device == "cuda":
+        arms |= {f"{name}, compiled": arms[name] for name in ("ours", "ours, padding dropped (packed)", "Hugging Face on our batches")}
+        epochs |= {name: make_epoch(*arms[name], clock, compiled=True) for name in arms if name.endswith("compiled")}
+    limit()
+    for epoch in epochs.values(): epoch()  # warm up
+    speed, of_limit = {name: [] for name in arms}, []
+    for r in range(rounds):
+        for name, (_, batches) in arms.items(): speed[name].append(tokens_of(batches) / clock(epochs[name]))
+        of_limit.append(limit() / (tokens_of(ours) / speed["ours"][-1]))
+        print(f"round {r + 1} of {rounds}: ours {speed['ours'][-1]:,.0f} real tokens/s, {of_limit[-1]:.0%} of the limit", flush=True)
+    ratio = lambda name: np.array(speed["ours"]) / np.array(speed[name])
+    no_dropout = np.array(speed["ours, no dropout"]) / np.array(speed["Hugging Face on our batches, no dropout"])
+    seconds = tokens_of(ours) / np.median(speed["ours"])
+    share_of_peak = operations / seconds / peak(clock)
+
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    lines = ["# Speed of pre-training", "", f"`python benchmarks/speed.py{'' if device == 'cpu' else ' --device cuda'}{'' if size == 'small' else f' --size {size}'}`, {datetime.date.today()}, {where}, {clock.precision}, Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers_version}.", "",
+             f"{patients:,} patients with {lengths.mean():.0f} tokens on average (log-normal, capped at {MAX_TOKENS}; half of all tokens are in records of {np.sort(lengths)[np.searchsorted(np.cumsum(np.sort(lengths)), lengths.sum() / 2)]} or more), {n:,} tokens in the vocabulary, {size} preset, dropout {DROPOUT}, "
+             f"medians and ranges of {rounds} interleaved rounds. A training step is forward, backward and AdamW.", "",
+             "| arm | padding | real tokens/s | ours is faster by |", "|---|---|---|---|"]
+    for name, (_, batches) in arms.items():
+        kept = padding_of(batches)
+        lines.append(f"| {name} | {kept:.0%} | {np.median(speed[name]):,.0f} | {'' if name == 'ours' else median_range(ratio(name))} |")
+    lines += ["", f"Without dropout on either side ours is {median_range(no_dropout)} times as fast as Hugging Face on our batches.", "",
+              f"**Arithmetic limit.** All matrix products of our step, each of its own shape and timed alone (the fastest of three), take {median_range(of_limit, '{:.0%}')} of the step's time: that share of the limit is reached. The step does {operations / tokens_of(ours) / 1e6:.2f} million operations a real token; "
+              f"they run at {share_of_peak:.0%} of the rate of one large square product.", "",
+              f"Batching and masking {tokens_of(ours):,} tokens took {preparation:.2f} s, {preparation / seconds:.0%} of an epoch's training; worker processes of the loader can do it meanwhile."]
+    page = "\n".join(lines) + "\n"
+    print(page)
+    path = Path(out) if out else RESULTS / ("speed.md" if device == "cpu" else "speed_cuda.md")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    print(f"Written to {path.name}.")

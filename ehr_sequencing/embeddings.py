@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AgeEmbedding', 'VisitEmbedding', 'PositionalEmbedding', 'SinusoidalPositionalEncoding', 'time_features_of_tokens',
-           'TimeEmbedding', 'BEHRTEmbedding']
+           'TimeEmbedding', 'check_tokens', 'BEHRTEmbedding']
 
 # %% ../nbs/05_embeddings.ipynb #b3036785
 import math
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 
 from .vocabulary import PAD
 
-# %% ../nbs/05_embeddings.ipynb #14cf8912
+# %% ../nbs/05_embeddings.ipynb #c989e853
+def _check_sizes(**sizes):
+    "Raise `ValueError` for a size that is no positive whole number."
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+
+
 class AgeEmbedding(nn.Module):
-    "A vector for each age bin, and one for an unknown age."
+    "A vector for each age bin, and one for an unknown age. Raises `ValueError` for sizes that are no positive whole numbers."
     def __init__(self,
         dim: int, # size of the vectors
         max_age: int = 110, # years; older counts as this
         bin_years: int = 1, # width of a bin
     ):
         super().__init__()
+        _check_sizes(dim=dim, max_age=max_age, bin_years=bin_years)
         self.max_age, self.bin_years = max_age, bin_years
         self.embedding = nn.Embedding(max_age // bin_years + 2, dim)
         years = torch.arange(max_age // bin_years + 1) * bin_years  # (bins,)
@@ -33,88 +40,114 @@ class AgeEmbedding(nn.Module):
 
     def forward(self, ages: Tensor) -> Tensor: # (...) int64 years -> (..., dim)
         "Embed ages; negative means unknown."
-        bins = ages.clamp(max=self.max_age).div(self.bin_years, rounding_mode="floor") + 1
-        return self.embedding(torch.where(ages < 0, 0, bins))
+        return self.embedding(ages.clamp(-1, self.max_age).div(self.bin_years, rounding_mode="floor") + 1)  # -1 lies in bin -1, row 0
 
-# %% ../nbs/05_embeddings.ipynb #f310fa85
+# %% ../nbs/05_embeddings.ipynb #351ca7f2
 class VisitEmbedding(nn.Module):
-    "Alternating segment vectors: visits 0, 2, 4, ... share one, visits 1, 3, 5, ... the other."
+    "Alternating segment vectors: visits 0, 2, 4, ... share one, visits 1, 3, 5, ... the other. Row 0 of the table is that of no visit, and stays zero."
     def __init__(self,
         dim: int, # size of the vectors
         n_segments: int = 2, # vectors to alternate between
     ):
         super().__init__()
-        self.embedding = nn.Embedding(n_segments, dim)
+        _check_sizes(dim=dim, n_segments=n_segments)
+        self.n_segments, self.embedding = n_segments, nn.Embedding(n_segments + 1, dim, padding_idx=0)
 
     def forward(self, visit_ids: Tensor) -> Tensor: # (...) int64, -1 for no visit -> (..., dim)
         "Embed visit indices."
-        vectors = self.embedding(visit_ids.clamp(min=0) % self.embedding.num_embeddings)
-        return vectors * (visit_ids >= 0).unsqueeze(-1)
+        return self.embedding(torch.where(visit_ids < 0, 0, visit_ids % self.n_segments + 1))
 
 
 class PositionalEmbedding(nn.Module):
-    "A learned vector for each of `max_position` places; later places share the last."
+    "A learned vector for each of `max_position` places; later places share the last. Row 0 of the table is that of no place, and stays zero."
     def __init__(self,
         dim: int, # size of the vectors
         max_position: int = 512, # places with a vector of their own
     ):
         super().__init__()
-        self.embedding = nn.Embedding(max_position, dim)
+        _check_sizes(dim=dim, max_position=max_position)
+        self.max_position, self.embedding = max_position, nn.Embedding(max_position + 1, dim, padding_idx=0)
 
     def forward(self, positions: Tensor) -> Tensor: # (...) int64, -1 for none -> (..., dim)
         "Embed positions."
-        vectors = self.embedding(positions.clamp(0, self.embedding.num_embeddings - 1))
-        return vectors * (positions >= 0).unsqueeze(-1)
+        return self.embedding(positions.clamp(-1, self.max_position - 1) + 1)
 
 
 class SinusoidalPositionalEncoding(nn.Module):
-    "Sines and cosines of the position; no parameters, any length. Raises `ValueError` for an odd `dim`."
+    "Sines and cosines of the position, in float32; no parameters, any length. Raises `ValueError` for an odd `dim`."
     def __init__(self,
         dim: int, # even size of the vectors
     ):
         super().__init__()
+        _check_sizes(dim=dim)
         if dim % 2: raise ValueError(f"dim: expected an even number, got {dim}")
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2) / dim)  # (dim / 2,)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.dim = dim
 
     def forward(self, positions: Tensor) -> Tensor: # (...), -1 for none -> (..., dim)
         "Encode positions."
-        angles = positions.unsqueeze(-1) * self.frequencies  # (..., dim / 2)
+        frequencies = torch.exp(torch.arange(0, self.dim, 2, device=positions.device) * (-math.log(10000.0) / self.dim))  # (dim / 2,)
+        angles = positions.unsqueeze(-1) * frequencies  # (..., dim / 2)
         vectors = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)  # (..., dim)
         return vectors * (positions >= 0).unsqueeze(-1)
 
-# %% ../nbs/05_embeddings.ipynb #9264050c
+# %% ../nbs/05_embeddings.ipynb #ad58c2e0
 def time_features_of_tokens(
     times: Tensor, # (B, L) days since the patient's first visit
     visit_ids: Tensor, # (B, L) int64, visits in order, -1 for padding
 ) -> Tensor: # (B, L, 2) log1p days since the previous visit in the row and since the first; zeros where there is no visit
     "Time features of every token, the same for all tokens of a visit."
-    place = torch.arange(times.shape[1], device=times.device)
-    starts = torch.ones_like(visit_ids, dtype=torch.bool)
+    place, seen = torch.arange(times.shape[1], device=times.device), visit_ids >= 0
+    starts = torch.ones_like(seen)
     starts[:, 1:] = visit_ids[:, 1:] != visit_ids[:, :-1]
     begin = torch.where(starts, place, 0).cummax(1).values  # (B, L) place of the visit's first token
-    before = (begin - 1).clamp(min=0)
-    gap = torch.where(begin > 0, times - times.gather(1, before), torch.zeros_like(times))
+    last = torch.where(seen, place, -1).cummax(1).values  # (B, L) place of the last token so far that belongs to a visit
+    before = torch.where(begin > 0, last.gather(1, (begin - 1).clamp(min=0)), -1)  # (B, L) last token of the visit before, or -1
+    gap = torch.where(before >= 0, times - times.gather(1, before.clamp(min=0)), 0)
     features = torch.stack([gap, times], -1).clamp(min=0).log1p()  # (B, L, 2)
-    return features * (visit_ids >= 0).unsqueeze(-1)
+    return features * seen.unsqueeze(-1)
 
-# %% ../nbs/05_embeddings.ipynb #8bb15cec
+# %% ../nbs/05_embeddings.ipynb #b0d6e1ae
 class TimeEmbedding(nn.Module):
     "A linear map of the two time features, started small (see below)."
     def __init__(self,
         dim: int, # size of the vectors
     ):
         super().__init__()
+        _check_sizes(dim=dim)
         self.linear = nn.Linear(2, dim, bias=False)
         nn.init.normal_(self.linear.weight, std=0.05)
 
     def forward(self, features: Tensor) -> Tensor: # (..., 2) log1p days -> (..., dim)
         "Embed time features."
-        return self.linear(features)
+        return self.linear(features.to(self.linear.weight.dtype))
 
-# %% ../nbs/05_embeddings.ipynb #3c19a051
+# %% ../nbs/05_embeddings.ipynb #386f518c
+def check_tokens(
+    codes: Tensor, # (B, L) int64 token ids
+    ages: Tensor, # (B, L) int64 years, negative if unknown
+    visit_ids: Tensor, # (B, L) int64, -1 for no visit
+    times: Tensor | None = None, # (B, L) days since the first visit
+    vocab_size: int | None = None, # number of tokens; codes are not compared with it if None
+    values: bool = True, # look at the numbers too, which on a GPU waits for all that is queued
+):
+    "Raises `TypeError` for types, `ValueError` for shapes, codes outside the vocabulary and times that are not finite."
+    if codes.ndim != 2: raise ValueError(f"codes: expected shape (B, L), got {tuple(codes.shape)}; give one row a patient")
+    for name, x in (("codes", codes), ("ages", ages), ("visit_ids", visit_ids), ("times", times)):
+        if x is None: continue
+        if x.shape != codes.shape: raise ValueError(f"{name}: expected the shape of codes {tuple(codes.shape)}, got {tuple(x.shape)}; give one value a token")
+        if name != "times" and x.dtype not in (torch.int64, torch.int32): raise TypeError(f"{name}: expected whole numbers (torch.int64), got {x.dtype}; convert them with .long()")
+    if not values or not codes.numel(): return
+    if vocab_size is not None:
+        low, high = (int(x) for x in codes.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = int(((codes < 0) | (codes >= vocab_size)).sum())
+            raise ValueError(f"codes: {wrong} of {codes.numel()} lie outside 0..{vocab_size - 1}; was the batch made with another vocabulary than the model?")
+    if times is not None and not bool(times.isfinite().all()):
+        raise ValueError(f"times: {int((~times.isfinite()).sum())} of {times.numel()} are not finite; give every token the day of its visit")
+
+# %% ../nbs/05_embeddings.ipynb #33d063e0
 class BEHRTEmbedding(nn.Module):
-    "Code + age + visit + position (+ time), then LayerNorm and dropout."
+    "Code + age + visit + position (+ time), then LayerNorm and dropout. Raises `ValueError` for sizes that make no sense, and what `check_tokens` raises for inputs."
     def __init__(self,
         vocab_size: int, # number of tokens
         dim: int, # size of the vectors
@@ -125,15 +158,23 @@ class BEHRTEmbedding(nn.Module):
         dropout: float = 0.1, # probability
     ):
         super().__init__()
+        _check_sizes(vocab_size=vocab_size, dim=dim, max_visits=max_visits)
         if position not in ("sinusoidal", "learned"): raise ValueError(f"position: expected 'sinusoidal' or 'learned', got '{position}'")
-        self.code = nn.Embedding(vocab_size, dim, padding_idx=PAD)
+        if not 0 <= dropout < 1: raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
+        self.code = nn.Embedding(vocab_size, dim, padding_idx=PAD)  # row PAD is zero and receives no gradient
         self.age, self.visit = AgeEmbedding(dim, max_age), VisitEmbedding(dim)
         self.position = SinusoidalPositionalEncoding(dim) if position == "sinusoidal" else PositionalEmbedding(dim, max_visits)
         self.position_scale = nn.Parameter(torch.tensor(0.3))
         self.time = TimeEmbedding(dim) if use_time else None
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
-        for layer in (self.code, self.visit.embedding): nn.init.normal_(layer.weight, std=0.5)
-        with torch.no_grad(): self.code.weight[PAD].zero_()
+        self.norm, self.dropout, self.looked = nn.LayerNorm(dim), nn.Dropout(dropout), False
+        with torch.no_grad():
+            for layer in (self.code, self.visit.embedding): layer.weight.mul_(0.5)  # PyTorch draws them of size 1
+
+    def check(self, codes, ages, visit_ids, times):
+        "`check_tokens`; the numbers on a CPU always, elsewhere in the first batch, never while compiling."
+        compiling = torch.compiler.is_compiling()
+        check_tokens(codes, ages, visit_ids, times, self.code.num_embeddings, not compiling and (codes.device.type == "cpu" or not self.looked))
+        if not compiling: self.looked = True
 
     def terms(self,
         codes: Tensor, # (B, L) int64 token ids
@@ -142,6 +183,7 @@ class BEHRTEmbedding(nn.Module):
         times: Tensor | None = None, # (B, L) days since the first visit
     ) -> dict: # name -> (B, L, dim)
         "The vectors that are added, one by one."
+        self.check(codes, ages, visit_ids, times)
         terms = {"code": self.code(codes), "age": self.age(ages), "visit": self.visit(visit_ids), "position": self.position_scale * self.position(visit_ids)}
         if self.time is not None and times is not None: terms["time"] = self.time(time_features_of_tokens(times, visit_ids))
         return terms
@@ -153,4 +195,6 @@ class BEHRTEmbedding(nn.Module):
         times: Tensor | None = None, # (B, L) days since the first visit
     ) -> Tensor: # (B, L, dim)
         "Embed tokens."
-        return self.dropout(self.norm(sum(self.terms(codes, ages, visit_ids, times).values())))
+        first, *others = self.terms(codes, ages, visit_ids, times).values()
+        for term in others: first = first.add_(term)  # in place: each is a tensor of its own, which its own gradient does not need
+        return self.dropout(self.norm(first))

@@ -166,7 +166,6 @@ class SelfAttention(nn.Module):
         allowed: Tensor, # (B, heads or 1, M, L) bool
     ) -> Tensor: # (B, heads, M, L); each row sums to 1
         "The attention weights: softmax of the scaled products over the allowed keys."
-        allowed = allowed if allowed.ndim == 4 else allowed.unsqueeze(1)
         scores = self._heads(queries) @ self._heads(keys).transpose(2, 3) / math.sqrt(queries.shape[2] // self.num_heads)  # (B, heads, M, L)
         return scores.masked_fill(~allowed, -math.inf).softmax(-1)
 

@@ -6,12 +6,13 @@
 __all__ = ['AgeEmbedding', 'VisitEmbedding', 'PositionalEmbedding', 'SinusoidalPositionalEncoding', 'time_features_of_tokens',
            'TimeEmbedding', 'check_tokens', 'BEHRTEmbedding']
 
-# %% ../nbs/05_embeddings.ipynb #b3036785
+# %% ../nbs/05_embeddings.ipynb #269540d6
 import math
 
 import torch
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .vocabulary import PAD
 
 # %% ../nbs/05_embeddings.ipynb #c989e853
@@ -145,7 +146,7 @@ def check_tokens(
     if times is not None and not bool(times.isfinite().all()):
         raise ValueError(f"times: {int((~times.isfinite()).sum())} of {times.numel()} are not finite; give every token the day of its visit")
 
-# %% ../nbs/05_embeddings.ipynb #33d063e0
+# %% ../nbs/05_embeddings.ipynb #5c140259
 class BEHRTEmbedding(nn.Module):
     "Code + age + visit + position (+ time), then LayerNorm and dropout. Raises `ValueError` for sizes that make no sense, and what `check_tokens` raises for inputs."
     def __init__(self,
@@ -166,7 +167,7 @@ class BEHRTEmbedding(nn.Module):
         self.position = SinusoidalPositionalEncoding(dim) if position == "sinusoidal" else PositionalEmbedding(dim, max_visits)
         self.position_scale = nn.Parameter(torch.tensor(0.3))
         self.time = TimeEmbedding(dim) if use_time else None
-        self.norm, self.dropout, self.looked = nn.LayerNorm(dim), nn.Dropout(dropout), False
+        self.norm, self.dropout, self.looked = nn.LayerNorm(dim), Dropout(dropout), False
         with torch.no_grad():
             for layer in (self.code, self.visit.embedding): layer.weight.mul_(0.5)  # PyTorch draws them of size 1
 

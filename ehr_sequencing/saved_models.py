@@ -59,7 +59,7 @@ def _compare_codes(old, new):
     return {"codes_kept": [t for t in names if t in old.index], "codes_new": [t for t in names if t not in old.index], "codes_dropped": [t for t in old.tokens if t not in has],
             "rebinned": sorted(c for c in both if list(old.value_edges[c]) != list(new.value_edges[c]))}
 
-# %% ../nbs/05b_saved_models.ipynb #bfd02a14
+# %% ../nbs/05b_saved_models.ipynb #0be9d803
 CONFIG, WEIGHTS, CODES = "config.json", "model.safetensors", "vocabulary.json"
 
 
@@ -70,9 +70,9 @@ def _digest(tensor):
     return digest.hexdigest()
 
 
-def _tokens_digest(vocabulary):
-    "SHA-256 of the tokens in their order."
-    return hashlib.sha256(json.dumps(vocabulary.tokens).encode()).hexdigest()
+def _json_digest(value):
+    "SHA-256 of what JSON can hold, whatever its layout in a file."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _distinct(model):
@@ -84,26 +84,15 @@ def _distinct(model):
     return kept, tied
 
 
-def _check_free(folder):
-    "Raise unless the folder is free or empty, or holds a saved model and nothing else."
-    if not folder.exists(): return
-    if not folder.is_dir(): raise FileExistsError(f"{folder}: is a file; expected a folder. Choose another name.")
-    there = sorted(p.name for p in folder.iterdir())
-    other = [name for name in there if name not in (CONFIG, WEIGHTS, CODES)]
-    if other: raise FileExistsError(f"{folder}: holds something else than a saved model ('{other[0]}'), so it is left as it is. Choose another folder, or empty this one.")
-    if there and not (CONFIG in there and WEIGHTS in there):
-        raise FileExistsError(f"{folder}: holds '{there[0]}' but no whole model, so it is left as it is. Choose another folder, or empty this one.")
-
-
 def _write(folder, config, tensors, tied, vocabulary):
     "Write the files of a saved model into an existing folder, each of them to the disk."
-    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-    with whole_file(folder/WEIGHTS) as path: save_file(tensors, path, metadata={"format": "pt", "sha256": json.dumps(digests), "tied": json.dumps(tied)})
+    notes = {"config": _json_digest(config), "sha256": {name: _digest(tensor) for name, tensor in tensors.items()}, "tied": tied}
+    with whole_file(folder/WEIGHTS) as path: save_file(tensors, path, metadata={"ehr_sequencing": json.dumps(notes)})  # one entry: of several the file has no fixed order
     texts = {CONFIG: json.dumps(config, indent=1)} | ({} if vocabulary is None else {CODES: vocabulary.to_json()})
     for name, text in texts.items():
         with whole_file(folder/name) as path: path.write_bytes(text.encode())
 
-# %% ../nbs/05b_saved_models.ipynb #d0b137d7
+# %% ../nbs/05b_saved_models.ipynb #a1ff59ab
 def _where_it_ends(path):
     "In which tensor a safetensors file ends too early, as far as its header says."
     size = path.stat().st_size
@@ -116,20 +105,22 @@ def _where_it_ends(path):
     return f"it ends in the tensor '{missing[0]}'" if missing else "its header does not fit its size"
 
 
-def _read_tensors(path):
-    "Tensors by name, tied ones under each of their names. Raises `FileNotFoundError` or `ValueError`."
+def _read_tensors(path, config):
+    "Tensors by name, tied ones under each of their names, of a folder with this configuration. Raises `FileNotFoundError` or `ValueError`."
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there. The folder has no weights; only safetensors are read, since a pickle runs code. Save the model again.")
     try:
         with safe_open(path, "pt") as file: tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError: raise ValueError(f"{path}: damaged, {_where_it_ends(path)}. Copy it again, or save the model again.") from None
-    try: digests, tied = (dict(json.loads(metadata.get(name, "{}"))) for name in ("sha256", "tied"))
-    except (ValueError, TypeError): raise ValueError(f"{path}: damaged, its header's notes on the tensors cannot be read. Copy it again, or save the model again.") from None
+    try: digests, tied, of_config = (json.loads(metadata.get("ehr_sequencing", "{}")).get(key, other) for key, other in (("sha256", {}), ("tied", {}), ("config", None)))
+    except ValueError: raise ValueError(f"{path}: damaged, the notes in its header are no JSON. Copy it again, or save the model again.") from None
+    if of_config is not None and of_config != _json_digest(config):
+        raise ValueError(f"{path.with_name(CONFIG)}: is not the one that was saved with the weights. Copy the folder again; to change settings, name them: from_pretrained(folder, dropout=0.2).")
     for name in (*digests, *tied.values()):
         if name not in tensors: raise ValueError(f"{path}: damaged, the tensor '{name}' is gone. Copy it again, or save the model again.")
         if digests.get(name) != _digest(tensors[name]): raise ValueError(f"{path}: damaged, the tensor '{name}' is not the one that was written. Copy it again, or save the model again.")
     return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
-
+# %% ../nbs/05b_saved_models.ipynb #391b484f
 def _read_config(path):
     "What `config.json` holds. Raises `FileNotFoundError` or `ValueError`."
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there. Is {path.parent} a saved model?")
@@ -141,24 +132,42 @@ def _read_config(path):
     return config
 
 
+def _check_free(folder):
+    "Raise unless the folder is free or empty, or holds a model of this library and nothing else."
+    if not folder.exists(): return
+    if not folder.is_dir(): raise FileExistsError(f"{folder}: is a file; expected a folder. Choose another name.")
+    there = sorted(p.name for p in folder.iterdir())
+    other = [name for name in there if name not in (CONFIG, WEIGHTS, CODES)]
+    if not there: return
+    try:
+        if not other and (folder/WEIGHTS).is_file(): return bool(_read_config(folder/CONFIG))
+    except (FileNotFoundError, ValueError): pass
+    raise FileExistsError(f"{folder}: holds '{(other or there)[0]}' and not just a model of this library, so it is left as it is. Choose another folder, or empty this one.")
+
+
 def _read_vocabulary(path, digest):
     "The vocabulary that belongs to the weights, or None if there never was one. Raises `FileNotFoundError` or `ValueError`."
     if digest is None: return None
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there, but the model was saved with it. Copy the whole folder.")
-    try: vocabulary = Vocabulary.from_json(path.read_text(encoding="utf-8"))
+    try: text = path.read_text(encoding="utf-8"); vocabulary = Vocabulary.from_json(text)
     except (ValueError, TypeError) as error: raise ValueError(f"{path}: cannot be read ({error}). Copy it again, or save the model again.") from None
-    if _tokens_digest(vocabulary) != digest: raise ValueError(f"{path}: its tokens are not those that the model was saved with. Copy the whole folder again.")
+    if _json_digest(json.loads(text)) != digest: raise ValueError(f"{path}: is not the vocabulary that the model was saved with. Copy the whole folder again.")
     return vocabulary
 
-# %% ../nbs/05b_saved_models.ipynb #4b683541
+# %% ../nbs/05b_saved_models.ipynb #f2fb518c
 def _arguments(model_class):
     "Arguments of the constructor: name -> `inspect.Parameter`."
     return dict(list(inspect.signature(model_class.__init__).parameters.items())[1:])
 
 
+def _no_common_encoder(name, stored, path):
+    return ValueError(f"{path}: holds a {stored['model']}, from which a {name} takes no weights but as they are: they share no encoder apart from the head. Load it as a {stored['model']}, with its own settings.")
+
+
 def _settings_for(model_class, stored, changes, path):
-    "Settings with which to build a class from a folder. Raises `ValueError` for unknown settings of the folder, `TypeError` for changes that name none, or ones that are missing."
+    "Settings with which to build a class from a folder. Raises `ValueError` for unknown settings of the folder and where there is no common encoder, `TypeError` for changes that name none, or ones that are missing."
     name, arguments, fields = model_class.__name__, _arguments(model_class), [f.name for f in dataclasses.fields(model_class.config_class)]
+    if stored["model"] != name and (stored.get("config_class") != model_class.config_class.__name__ or None in (model_class.encoder, stored.get("encoder"))): raise _no_common_encoder(name, stored, path)
     settings = dict(stored["settings"]) if stored["model"] == name else {"config": stored["settings"]["config"]}
     unknown = [k for k in settings if k not in arguments] + [k for k in settings["config"] if k not in fields]
     if unknown:
@@ -171,7 +180,7 @@ def _settings_for(model_class, stored, changes, path):
     if missing: raise TypeError(f"{name}.from_pretrained: needs {missing[0]}=, which the {stored['model']} in {path.parent} does not have")
     return settings
 
-# %% ../nbs/05b_saved_models.ipynb #02e5a026
+# %% ../nbs/05b_saved_models.ipynb #deb3915c
 def _encoder_of(model):
     "Class name of the encoder, and what its tensors' names begin with; None and None if there is none."
     if model.encoder is None: return None, None
@@ -188,8 +197,7 @@ def _match(model, stored, whole, path):
     names = list(model.state_dict())
     if whole: return {name: name for name in names}
     kind, prefix = _encoder_of(model)
-    if kind is None or kind != stored.get("encoder"):
-        raise ValueError(f"{path}: holds a {stored['model']}, from which a {type(model).__name__} takes its weights only as it is: they share no encoder apart from the head. Load it as {stored['model']}, with its own settings.")
+    if kind is None or kind != stored.get("encoder"): raise _no_common_encoder(type(model).__name__, stored, path)
     return {name: stored["prefix"] + name[len(prefix):] for name in names if name.startswith(prefix)}
 
 
@@ -219,7 +227,7 @@ def _fill(model, tensors, source, old, new, path):
         if moves: mine[to_rows] = theirs[from_rows].to(mine)
         else: mine.copy_(theirs)
 
-# %% ../nbs/05b_saved_models.ipynb #9fb106b9
+# %% ../nbs/05b_saved_models.ipynb #765a5794
 def _find_class(base, name, path):
     "The class of this name among those derived from `base`. Raises `ValueError` if none is defined."
     below = lambda c: [c, *(d for s in c.__subclasses__() for d in below(s))]
@@ -254,12 +262,12 @@ def _place_codes(known, vocabulary, settings, folder):
 
 def _load(model_class, folder, vocabulary, changes):
     "What `SavedModel.from_pretrained` does, step by step."
-    stored = _read_config(folder/CONFIG)
+    stored, path = _read_config(folder/CONFIG), folder/WEIGHTS
+    tensors = _read_tensors(path, stored)
     if model_class.config_class is None: model_class = _find_class(model_class, stored["model"], folder/CONFIG)
     known = _read_vocabulary(folder/CODES, stored.get("vocabulary"))
     settings = _settings_for(model_class, stored, changes, folder/CONFIG)
     _place_codes(known, vocabulary, settings, folder)
-    tensors, path = _read_tensors(folder/WEIGHTS), folder/WEIGHTS
     model = _build(model_class, settings, changes, folder/CONFIG)
     whole = stored["model"] == model_class.__name__ and _same_question(model, stored)
     source = _match(model, stored, whole, path)
@@ -271,7 +279,7 @@ def _load(model_class, folder, vocabulary, changes):
     model.loaded = Loaded(stored["model"], list(source), [n for n in model.state_dict() if n not in source], [n for n in tensors if n not in set(source.values())], **codes)
     return model.eval()
 
-# %% ../nbs/05b_saved_models.ipynb #690d7a6a
+# %% ../nbs/05b_saved_models.ipynb #58445cb0
 class SavedModel(nn.Module):
     """Base of the models that are saved as folders. A subclass passes the arguments of its constructor on: `super().__init__(config, name=value, ...)`, all JSON-able.
 
@@ -309,8 +317,8 @@ class SavedModel(nn.Module):
         _check_free(folder)
         size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
         if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
-        config = {"model": type(self).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
-                  "vocabulary": None if vocabulary is None else _tokens_digest(vocabulary), "settings": self.settings}
+        config = {"model": type(self).__name__, "config_class": type(self.config).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
+                  "vocabulary": None if vocabulary is None else _json_digest(json.loads(vocabulary.to_json())), "settings": self.settings}
         json.dumps(config)  # before anything is touched
         with whole_folder(folder, replace=True) as partial: _write(partial, config, tensors, tied, vocabulary)
 

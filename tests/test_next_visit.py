@@ -21,7 +21,7 @@ from ehr_sequencing.batches import BatchLoader, Compose, make_batch
 from ehr_sequencing.behrt import BEHRTConfig
 from ehr_sequencing.events import EventTable, event_table
 from ehr_sequencing.masked_codes import MaskCodes
-from ehr_sequencing.next_visit import (BEHRTForNextVisitPrediction, BEHRTForPretraining, attach_next_visit, codes_so_far, evaluate_next_visit, hits_at_k, most_frequent, next_visit_loss,
+from ehr_sequencing.next_visit import (BEHRTForNextVisitPrediction, BEHRTForPretraining, attach_next_visit, codes_so_far, draw_cuts, evaluate_next_visit, hits_at_k, most_frequent, next_visit_loss,
                                        next_visit_rates, next_visit_targets, own_history, precision_at_k, recall_at_k, repeat_last_visit, target_codes)
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary
@@ -48,7 +48,7 @@ def records(draw):
     facts = [(i, c) for i in range(n) for c in ("FACT", CODES[0]) if generator.random() < 0.4]
     store = store_of(patients, facts, deduplicate=draw(st.booleans()))
     ends = [int(generator.integers(0, len(visits))) for visits in patients]
-    return store, patients, facts, ends, draw(st.sampled_from([3, 6, 10, 512])), draw(st.sampled_from([(), ("C1", "C2*")]))
+    return store, patients, facts, ends, draw(st.sampled_from([3, 6, 10, 512])), draw(st.sampled_from([(), ("C1", "C2*"), ("C0", "FACT")]))
 
 
 def expected(patients, facts, batch, at, kept):
@@ -74,6 +74,8 @@ def test_targets_history_and_baselines_are_those_of_plain_loops(drawn, at):
     targets, had = next_visit_targets(batch, size), codes_so_far(batch, size)
     answers = expected(patients, facts, batch, at, kept)
     assert len(targets) == len(had) == len(answers) == int(batch["next_mask"].sum())
+    beyond = batch["history_visits"].max(1).values - batch["sequence_mask"].sum(1)  # what was cut off stays out, but for the one visit that is asked about
+    assert (beyond <= (0 if at == "end" else -1)).all()
     rates = torch.linspace(0.9, 0.01, size)
     repeat, own, frequent = (score(batch) for score in (repeat_last_visit(rates), own_history(rates, 2.0), most_frequent(rates)))
     for i, (wanted, before, counts, last, n) in enumerate(answers):
@@ -107,6 +109,22 @@ def test_a_cut_history_is_asked_the_same_question_as_a_whole_one(drawn):
     for i, (b, t) in enumerate(where):
         cut = attach_next_visit(make_batch(store, [b], [t], max_tokens=limit), store, "end")
         assert next_visit_targets(cut, size).equal(targets[i:i + 1]) and codes_so_far(cut, size).equal(had[i:i + 1])
+
+
+@some
+@given(records(), st.integers(1, 4), st.integers(0, 1000))
+def test_cuts_are_visits_that_have_a_next_one(drawn, per_patient, seed):
+    store, patients, *_ = drawn
+    if max(map(len, patients)) < 2:
+        with pytest.raises(ValueError, match="none of these patients has two visits"): draw_cuts(store)
+        return
+    rows, ends = draw_cuts(store, per_patient=per_patient, seed=seed)
+    for row, visits in enumerate(patients):
+        mine = ends[rows == row].tolist()
+        assert len(mine) == len(set(mine)) == min(per_patient, len(visits) - 1) and all(0 <= t < len(visits) - 1 for t in mine)
+    batch = attach_next_visit(make_batch(store, rows, ends), store, "end")
+    assert batch["next_mask"].sum(1).eq(1).all()
+    assert [x.tolist() for x in draw_cuts(store, per_patient=per_patient, seed=seed)] == [rows.tolist(), ends.tolist()]
 
 
 @many
@@ -189,6 +207,7 @@ def test_evaluation_does_not_depend_on_batches(cohort):
     for table in tables[1:]:
         assert table.drop(columns=["recall", "precision"]).equals(tables[0].drop(columns=["recall", "precision"]))
         np.testing.assert_allclose(table[["recall", "precision"]], tables[0][["recall", "precision"]], rtol=1e-9)
+    assert (tables[0]["visits"] + tables[0]["left_out"] == (cohort.n_visits - 1).sum()).all() and tables[0]["left_out"].max() > 0
     assert tables[0].query("k == 50")["recall"].tolist() == pytest.approx([1, 1, 1])
     one_list = evaluate_next_visit(own_history(rates), BatchLoader(cohort, transform=attach), ks=(3,), candidates="all").set_index("kind")
     hits = one_list["precision"] * one_list["visits"]
@@ -204,6 +223,14 @@ def test_new_codes_are_ranked_among_those_not_had(cohort):
         tables = [evaluate_next_visit(lambda _, s=s: s, [batch], ks=(1, 2), kinds=(kind,)) for s in (scores, torch.where(struck, torch.randn(scores.shape, generator=generator) * 9, scores))]
         assert tables[0].equals(tables[1])
         assert not evaluate_next_visit(lambda _: torch.where(struck, scores + 99, scores), [batch], ks=(1, 2), kinds=(kind,), candidates="all").equals(tables[0])
+
+
+def test_special_tokens_are_never_listed(cohort):
+    batch = attach_next_visit(make_batch(cohort, range(60)), cohort)
+    scores = torch.rand(int(batch["next_mask"].sum()), len(cohort.vocabulary), generator=torch.Generator().manual_seed(0))
+    high = scores.clone()
+    high[:, :5] += 99
+    for candidates in ("kind", "all"): assert evaluate_next_visit(lambda _: high, [batch], ks=(2,), candidates=candidates).equals(evaluate_next_visit(lambda _: scores, [batch], ks=(2,), candidates=candidates))
 
 
 def test_pairs_take_little_memory():
@@ -266,6 +293,12 @@ def test_every_parameter_learns_and_low_precision_is_finite(cohort):
     assert weight == int(batch["next_mask"].sum()) + int((batch["masked_labels"] >= 0).sum())
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not still, still
+    model.eval()
+    model.mlm_weight, model.next_visit_weight = 0.7, 0.2
+    outputs = model(batch)
+    parts = model.losses(outputs, batch)
+    loss = model.loss(outputs, batch)[0]
+    torch.testing.assert_close(loss, 0.7 * parts["mlm"][0] + 0.2 * parts["next_visit"][0])
     with torch.autocast("cpu", dtype=torch.bfloat16): low = model.loss(model(batch), batch)[0]
     assert torch.isfinite(low) and low.item() == pytest.approx(loss.item(), rel=0.1)
 
@@ -297,7 +330,7 @@ def test_training_starts_at_the_base_rates(cohort):
     model.start_from(rates)
     start, share, r = model.loss(model(batch), batch)[0].item(), next_visit_targets(batch, 14).double().mean(0)[5:], rates[5:].double().clamp(1e-6)
     entropy = -(share * r.log() + (1 - share) * (1 - r).log()).sum().item()
-    assert start == pytest.approx(entropy, rel=0.02) and before > start
+    assert start == pytest.approx(entropy, rel=0.02) and before > start and torch.isfinite(model(batch)).all()
     torch.testing.assert_close(model.predict_next(batch), rates.expand(60, -1), atol=0.1, rtol=0.1)
 
 

@@ -73,7 +73,7 @@ def test_next_visit_beats_copying(records):
     "Among ten codes BEHRT finds more of the next visit than the last visit or frequencies do, and more of what is new than either."
     store, rows = records
     config = BEHRTConfig.small(len(store.vocabulary))
-    model, _ = pretrain(store, rows["train"], rows["validation"], config, "next_visit", epochs=3, patients_per_step=8, max_tokens=128, **QUIET)
+    model, _ = pretrain(store, rows["train"], rows["validation"], config, "next_visit", epochs=5, patients_per_step=8, max_tokens=128, **QUIET)
     rates = next_visit_rates(store, rows["train"])
     scores = {"BEHRT": model, "repeat": repeat_last_visit(rates), "frequent": most_frequent(rates), "own": own_history(rates)}
     result = compare_next_visit(scores, pretraining_loader(store, rows["test"], config, "next_visit", max_tokens=128))

@@ -262,6 +262,23 @@ def test_weights_move(records, tmp_path, objective):
         assert loaded.vocabulary == store.vocabulary
 
 
+@pytest.mark.parametrize("objective", ["next_visit", "both"])
+def test_who_is_asked_about_the_next_visit(records, objective):
+    "Bidirectional attention is asked once a patient, with the answer cut off; visit-causal attention after every visit that has a next one. Single visits are of use for masked codes alone."
+    store, rows = records
+    both_ways, causal = (BEHRTConfig(len(store.vocabulary), 16, 32, 1, 2, attention=attention) for attention in ("bidirectional", "visit_causal"))
+    several = rows["test"][store.n_visits[rows["test"]] > 1]
+    assert len(several) < len(rows["test"])
+    loader = pretraining_loader(store, rows["test"], both_ways, objective)
+    np.testing.assert_array_equal(loader.rows, several)
+    for batch in loader:
+        assert (batch["next_mask"].sum(1) == 1).all()
+        np.testing.assert_array_equal(batch["first_visits"] + batch["sequence_mask"].sum(1) + 1, store.n_visits[batch["rows"]])
+    np.testing.assert_array_equal(pretraining_loader(store, rows["test"], causal, objective).rows, several if objective == "next_visit" else rows["test"])
+    _, history = pretrain(store, rows["train"][:40], rows["validation"][:20], both_ways, objective, epochs=1, max_tokens=64, **QUIET)
+    assert np.isfinite(history[0]["validation_loss"])
+
+
 def test_pretrain_says_what_is_wrong(records):
     "Objectives, vocabularies, parts and patients that cannot work."
     store, rows = records

@@ -29,7 +29,7 @@ from .sequences import SequenceStore, row_numbers
 from .training import Trainer, to_device
 from .vocabulary import MASK
 
-# %% ../nbs/16a_pretraining.ipynb #caf62555
+# %% ../nbs/16a_pretraining.ipynb #84be35f4
 def masked_places(
     batch: dict, # of `MaskCodes`
 ) -> tuple: # rows, positions and labels, each (m,) int64
@@ -58,7 +58,7 @@ def scores_on(
     device = next((p.device for p in score.parameters()), "cpu") if isinstance(score, nn.Module) else "cpu"
     return score(to_device(batch, device)).float().cpu()
 
-
+# %% ../nbs/16a_pretraining.ipynb #c1708795
 @torch.no_grad()
 def masked_hits(
     scores: dict, # name -> score function: batch -> (m, vocab_size)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'head_masks', 'TokenGrid', 'WholeGrid',
-           'SelfAttention', 'grid_attention', 'EncoderBlock', 'packed_attention', 'BEHRT', 'count_parameters',
-           'pool_sequence', 'prepend_cls']
+           'SelfAttention', 'grid_attention', 'EncoderBlock', 'packed_attention', 'need_keys', 'BEHRT',
+           'count_parameters', 'pool_sequence', 'prepend_cls']
 
 # %% ../nbs/06_behrt.ipynb #1f7f8e1b
 import dataclasses
@@ -254,7 +254,29 @@ def packed_attention(
         return attend_flex(q, k, v, block_mask=mask).transpose(1, 2).flatten(2).squeeze(0)
     return attend
 
-# %% ../nbs/06_behrt.ipynb #a80ac350
+# %% ../nbs/06_behrt.ipynb #0de50ce9
+def need_keys(
+    batch: dict, # of tensors
+    *names: str, # keys that are needed
+    remedy: str, # how to get them
+):
+    "Raise `ValueError` if a batch lacks a key."
+    missing = [name for name in names if name not in batch]
+    if missing: raise ValueError(f"batch: has no {', '.join(missing)}. {remedy}")
+
+
+def _check_places(attention_mask, positions):
+    "Raise `TypeError` or `ValueError` for a mask that is not boolean and for positions at which no token stands."
+    if attention_mask.dtype != torch.bool: raise TypeError(f"attention_mask: expected torch.bool, True for real tokens, got {attention_mask.dtype}; convert it with .bool()")
+    if positions is None: return
+    B, L = attention_mask.shape
+    if positions.ndim != 2 or len(positions) != B: raise ValueError(f"positions: expected shape (B, M) with a row for each of the {B} rows of codes, got {tuple(positions.shape)}")
+    if torch.compiler.is_compiling() or not positions.numel(): return
+    there = F.pad(attention_mask, (0, 1)).gather(1, positions.clamp(-1, L) % (L + 1))  # (B, M); -1 and what lies beyond the row read the False at its end
+    wrong = int(((positions >= 0) & ~there).sum())
+    if wrong: raise ValueError(f"positions: {wrong} of {int((positions >= 0).sum())} are places without a token; expected -1, or 0 to {L - 1} where attention_mask is True. A batch that was cut or shifted must be masked again")
+
+
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -294,16 +316,18 @@ class BEHRT(SavedModel):
         *,
         positions: Tensor | None = None, # (B, M) int64 places of the tokens whose vectors are wanted, -1 for none; all if None
         return_attention: bool = False, # return the attention weights as well
-    ): # (B, L, hidden_size); with `positions` (m, hidden_size), row by row; with `return_attention` a pair: that, and for each layer (B, heads, L, L)
-        "Encode tokens. Raises `ValueError` where shapes differ."
+    ): # (B, L, hidden_size); with `positions` (m, hidden_size), row by row; with `return_attention` a pair: that, and for each layer (B, heads, L, L), the last one (B, heads, M, L) with `positions`
+        "Encode tokens. Raises `ValueError` where shapes differ, for positions without a token, and what `check_tokens` raises; `TypeError` for other types."
         shapes = {tuple(t.shape) for t in (codes, ages, visit_ids, attention_mask)}
         if len(shapes) > 1: raise ValueError(f"codes, ages, visit_ids and attention_mask must have one shape (B, L), got {sorted(shapes)}")
+        _check_places(attention_mask, positions)
         attentions = [] if return_attention else None
+        again = self.config.gradient_checkpointing and self.training and not return_attention  # weights that are handed out are kept anyway
         grid, attend, attend_last, read = self._layout(visit_ids, attention_mask, positions, attentions)
         x = grid.take(self.project(self.embedding(codes, ages, visit_ids, times)))  # (n, d)
         for i, block in enumerate(self.blocks):
             arguments = (x, attend_last, read) if i == len(self.blocks) - 1 else (x, attend)
-            x = checkpoint(block, *arguments, use_reentrant=False) if self.config.gradient_checkpointing and self.training else block(*arguments)
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         x = self.norm(x)
         x = grid.put(x) if positions is None else x
         return (x, attentions) if return_attention else x
@@ -312,7 +336,8 @@ class BEHRT(SavedModel):
         batch: dict, # from `make_batch`
         **options, # `positions`, `return_attention`
     ): # what `forward` returns
-        "Encode a batch."
+        "Encode a batch. Raises `ValueError` for a batch without flat tensors, and what `forward` raises."
+        need_keys(batch, "codes", "ages", "visit_ids", "attention_mask", remedy="The encoder reads flat tensors; make the batch with layout='flat' or 'both'.")
         return self(batch["codes"], batch["ages"], batch["visit_ids"], batch["attention_mask"], batch.get("times"), **options)
 
     def count_parameters(self) -> int: # all parameters
@@ -326,7 +351,7 @@ def count_parameters(
     "Count parameters."
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/06_behrt.ipynb #f0c0c415
+# %% ../nbs/06_behrt.ipynb #489985dd
 POOLINGS = ("mean", "max", "cls")
 
 
@@ -351,5 +376,5 @@ def prepend_cls(
     "Put `[CLS]` in front of every row: of no visit (-1), with the age and the time of the row's first token. Before `MaskCodes`, whose places it would shift."
     if "masked_positions" in batch: raise ValueError("batch: its codes are masked already, and [CLS] would shift their places. Use Compose(prepend_cls, MaskCodes(...)).")
     front = {"codes": CLS, "visit_ids": -1, "attention_mask": True}
-    first = {name: torch.full_like(batch[name][:, :1], front[name]) if name in front else batch[name][:, :1] for name in ("codes", "ages", "visit_ids", "times", "attention_mask")}
+    first = {name: torch.full_like(batch[name][:, :1], front[name]) if name in front else batch[name][:, :1] for name in ("codes", "ages", "visit_ids", "times", "attention_mask") if name in batch}
     return batch | {name: torch.cat([column, batch[name]], 1) for name, column in first.items()}

@@ -144,6 +144,7 @@ def test_nt_xent_is_cross_entropy_view_by_view(drawn):
     for dtype in (torch.float16, torch.bfloat16):  # rounded vectors, but no rounding after them
         low = nt_xent_loss(z.to(dtype), patients, tau)
         assert low.dtype == torch.float32 and low.item() == pytest.approx(nt_xent_loss(z.to(dtype).double(), patients, tau).item(), rel=1e-4, abs=1e-4)
+        with torch.autocast("cpu", dtype=dtype): assert nt_xent_loss(z.to(dtype), patients, tau).equal(low)  # as a trainer calls it
 
 
 @many

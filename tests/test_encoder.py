@@ -180,6 +180,73 @@ def test_cls_in_front_changes_neither_gaps_nor_the_past():
         torch.testing.assert_close(model.encode(longer)[:, :1], alone, atol=1e-6, rtol=0)
 
 
+def rows_through(model, work):
+    "Rows that each block's feed-forward layer sees while something is done, call by call."
+    seen = []
+    hooks = [block.up.register_forward_hook(lambda layer, inputs, output: seen.append(len(inputs[0]))) for block in model.blocks]
+    work()
+    for hook in hooks: hook.remove()
+    return seen
+
+
+def test_work_that_is_saved():
+    "Packing drops padding, reading in places spares the last block the rest, checkpointing runs the blocks again and keeps no second set of weights."
+    mask = torch.arange(9) < torch.tensor([[9], [4], [1]])
+    batch = {"codes": torch.where(mask, 7, 0), "ages": torch.full((3, 9), 50), "visit_ids": torch.where(mask, torch.arange(9), -1), "attention_mask": mask}
+    places = torch.tensor([[0, 3], [2, -1], [-1, -1]])
+    for packed, n in ((False, 27), (True, 14)):
+        model = encoder("visit_causal", packed=packed)
+        assert rows_through(model, lambda: model.encode(batch)) == [n, n]
+        assert rows_through(model, lambda: model.encode(batch, positions=places)) == [n, 3]
+    again = encoder("visit_causal", gradient_checkpointing=True).train()
+    assert len(rows_through(again, lambda: again.encode(batch)[mask].sum().backward())) == 4
+    assert len(rows_through(again.eval(), lambda: again.encode(batch))) == 2
+    out, attentions = again.train().encode(batch, return_attention=True)
+    out[mask].sum().backward()
+    assert len(attentions) == 2
+
+
+def test_attention_dropout():
+    "It acts while training, and in evaluation not."
+    batch = {"codes": torch.arange(5, 15).unsqueeze(0), "ages": torch.full((1, 10), 50), "visit_ids": torch.arange(10).unsqueeze(0), "attention_mask": torch.ones(1, 10, dtype=torch.bool)}
+    for rate in (0.0, 0.5):
+        model = encoder("bidirectional", dropout=0.0, attention_dropout=rate)
+        still, moving = model.encode(batch), model.train().encode(batch)
+        assert torch.allclose(still, moving, atol=1e-5) == (rate == 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_places_without_a_token_are_refused(packed):
+    "Padding, beyond the row, another number of rows: never another token's vector."
+    mask = torch.arange(6) < torch.tensor([[6], [2]])
+    batch = {"codes": torch.where(mask, 7, 0), "ages": torch.full((2, 6), 50), "visit_ids": torch.where(mask, 0, -1), "attention_mask": mask}
+    model = encoder("bidirectional", packed=packed)
+    assert model.encode(batch, positions=torch.tensor([[5, -1], [1, -1]])).shape == (2, 32)
+    assert model.encode(batch, positions=torch.full((2, 0), 0)).shape == (0, 32)
+    for places, wrong in (([[5], [2]], "1 of 2"), ([[6], [-1]], "1 of 1"), ([[5, 99], [5, 0]], "2 of 4")):
+        with pytest.raises(ValueError, match=f"positions: {wrong} are places without a token"): model.encode(batch, positions=torch.tensor(places))
+    with pytest.raises(ValueError, match="positions: expected shape"): model.encode(batch, positions=torch.tensor([[0]]))
+    with pytest.raises(TypeError, match="attention_mask: expected torch.bool"): model.encode(batch | {"attention_mask": mask.long()})
+    with pytest.raises(ValueError, match="has no ages"): model.encode({k: v for k, v in batch.items() if k != "ages"})
+    assert prepend_cls(batch)["codes"].shape == (2, 7)  # without times, which are optional
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_half_precision(dtype, packed):
+    "Autocast with padding, a row of one token, an empty row: finite outputs and gradients, near those of single precision. Weights in bfloat16 too."
+    mask = torch.arange(12) < torch.tensor([[12], [1], [0], [5]])
+    batch = {"codes": torch.where(mask, torch.randint(5, VOCABULARY, (4, 12)), 0), "ages": torch.where(mask, 50, 0), "visit_ids": torch.where(mask, torch.arange(12) // 2, -1), "times": torch.zeros(4, 12), "attention_mask": mask}
+    torch.manual_seed(0)
+    masked, model = MaskCodes(VOCABULARY, 0.5)(batch), BEHRTForMLM(BEHRTConfig(VOCABULARY, 16, 32, 2, 4, visit_heads=2, packed=packed, dropout=0.1))
+    single = model.eval().loss(model(masked), masked)[0].item()
+    with torch.autocast("cpu", dtype): low = model.loss(model(masked), masked)[0]
+    assert low.item() == pytest.approx(single, rel=0.02)
+    with torch.autocast("cpu", dtype): model.train().loss(model(masked), masked)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    if dtype == torch.bfloat16: assert model.to(dtype).behrt.encode(batch).dtype == dtype
+
+
 def test_every_projection_learns():
     "Each weight of each block receives a gradient through the projections as modules, so that an adapter put in their place would train."
     class Doubled(nn.Linear):

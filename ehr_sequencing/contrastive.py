@@ -150,9 +150,9 @@ def view_retrieval(
     among = cosines.masked_fill(~others, -math.inf)
     return ((among > partner).sum(1).eq(0) / (1 + (among == partner).sum(1))).mean().item()
 
-# %% ../nbs/07c_contrastive.ipynb #e744faf3
+# %% ../nbs/07c_contrastive.ipynb #19ba0179
 class BEHRTForContrastive(SavedModel):
-    "BEHRT encoder, pooled over the record, with a projection for NT-Xent. Batches come from `TwoViews`."
+    "BEHRT encoder, pooled over the record, with a projection for NT-Xent. Batches come from `TwoViews`. Raises `ValueError` for settings that make no sense."
     config_class, encoder = BEHRTConfig, "behrt"
 
     def __init__(self,
@@ -165,6 +165,7 @@ class BEHRTForContrastive(SavedModel):
         if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if pooling == "cls" and config.attention != "bidirectional": raise ValueError("pooling: 'cls' needs attention='bidirectional', since [CLS] stands before all visits and sees none of them otherwise; use 'mean'")
         if not temperature > 0: raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+        if not isinstance(projection_size, int) or projection_size < 1: raise ValueError(f"projection_size: expected a positive integer, got {projection_size!r}")
         self.pooling, self.temperature = pooling, temperature
         self.behrt = BEHRT(config)
         self.projection = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, projection_size))

@@ -137,7 +137,7 @@ def codes_so_far(
     had[:, :N_SPECIAL] = False
     return had
 
-# %% ../nbs/07a_next_visit.ipynb #a71d0b18
+# %% ../nbs/07a_next_visit.ipynb #e672c490
 def draw_cuts(
     store: SequenceStore, # where the patients are
     rows=None, # patients to ask about, or a mask; all if None
@@ -145,7 +145,7 @@ def draw_cuts(
     seed: int = 0, # of the draw
 ) -> tuple: # rows and last visits, (m,) int64 each, for `BatchLoader` or `make_batch`; patients with a single visit are left out
     "Draw visits that have a next one, uniformly within each patient. Raises `ValueError` if nobody has two visits or `per_patient` is below 1."
-    if not per_patient >= 1: raise ValueError(f"per_patient: expected a whole number, at least 1, got {per_patient}")
+    if not per_patient >= 1 or per_patient != int(per_patient): raise ValueError(f"per_patient: expected a whole number, at least 1, got {per_patient}")
     rows = np.arange(len(store)) if rows is None else row_numbers(rows, len(store))
     n = store.n_visits[rows] - 1
     if not n.sum(): raise ValueError("rows: none of these patients has two visits, so no visit has a next one")
@@ -317,7 +317,7 @@ def evaluate_next_visit(
         if not n: raise ValueError(f"kinds: none of the {asked} visits that are asked about has a target of kind '{kind}', so its recall is undefined; leave it out of `kinds`")
     return pd.DataFrame([(kind, k, *(sums[i, j] / visits[i]), visits[i], asked - visits[i]) for i, kind in enumerate(kinds) for j, k in enumerate(ks)], columns=["kind", "k", "recall", "precision", "visits", "left_out"])
 
-# %% ../nbs/07a_next_visit.ipynb #c20733ff
+# %% ../nbs/07a_next_visit.ipynb #d09a11d5
 class NextVisitHead(nn.Module):
     "From a visit's vector to a logit for each code, with the embedding of the codes as output weights."
     def __init__(self,
@@ -329,7 +329,7 @@ class NextVisitHead(nn.Module):
         self.dense, self.project = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, embedding_dim, bias=False)
         nn.init.normal_(self.project.weight, std=0.005)  # the bias speaks first
         rate = min(0.5, 5 / vocab_size)  # a visit holds a few codes
-        self.bias = nn.Parameter(torch.full((vocab_size,), math.log(rate / (1 - rate)) if rate < 0.5 else 0.0))
+        self.bias = nn.Parameter(torch.full((vocab_size,), math.log(rate / (1 - rate))))
 
     @torch.no_grad()
     def start_from(self,

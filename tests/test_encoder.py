@@ -1,14 +1,20 @@
 "The encoder and masked codes: properties over drawn batches, which the chapters show on an example each."
+import datetime
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from ehr_sequencing.aggregation import assert_no_future_leakage, pool_visits
+from ehr_sequencing.batches import BatchLoader, Compose
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig, TokenGrid, grid_attention, head_masks, packed_attention, pool_sequence, prepend_cls, visit_attention_mask
+from ehr_sequencing.events import EventTable, event_table
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
-from ehr_sequencing.vocabulary import CLS, MASK, SPECIAL_TOKENS
+from ehr_sequencing.sequences import build_store
+from ehr_sequencing.vocabulary import CLS, MASK, SPECIAL_TOKENS, fit_vocabulary
 
 VOCABULARY = 60
 
@@ -139,6 +145,19 @@ def test_masking(batch, seed, epoch, whole_visit, probability):
     assert mask({k: v[order] for k, v in batch.items()})["codes"].equal(out["codes"][order])
 
 
+def test_epochs_reach_transforms_in_worker_processes():
+    "The loader tells `Compose`, which tells `MaskCodes`; batches made in another process are the same, and change with the epoch."
+    begin = datetime.datetime(2010, 1, 1)
+    events = event_table(pl.DataFrame([(i, begin + datetime.timedelta(days=30 * v), f"C{(i * v + k) % 9}") for i in range(30) for v in range(4) for k in range(3)], schema=["subject_id", "time", "code"], orient="row"))
+    store = build_store(EventTable(events), fit_vocabulary(events, min_patients=1))
+    def codes(workers, epoch):
+        loader = BatchLoader(store, token_budget=100, transform=Compose(prepend_cls, MaskCodes(len(store.vocabulary), 0.4)), layout="flat", num_workers=workers)
+        loader.set_epoch(epoch)
+        return [b["codes"].tolist() for b in loader]
+    assert codes(0, 0) == codes(1, 0) and codes(0, 1) == codes(1, 1) != codes(0, 0)
+    assert all(row[0] == CLS for batch in codes(1, 1) for row in batch)
+
+
 def test_masking_spreads_over_seeds_and_epochs():
     "Over 300 epochs every code of a record is chosen 15 % of the time, and pairs of codes independently of one another."
     batch = {"codes": torch.arange(5, 45).unsqueeze(0), "visit_ids": torch.arange(40).div(4, rounding_mode="floor").unsqueeze(0), "attention_mask": torch.ones(1, 40, dtype=torch.bool)}
@@ -204,6 +223,19 @@ def test_work_that_is_saved():
     out, attentions = again.train().encode(batch, return_attention=True)
     out[mask].sum().backward()
     assert len(attentions) == 2
+
+
+@pytest.mark.parametrize("of", ["attention", "down"])
+def test_dropout_of_the_blocks(of):
+    "It acts on what attention adds and on what the feed-forward layer adds, while training."
+    batch = {"codes": torch.arange(5, 15).unsqueeze(0), "ages": torch.full((1, 10), 50), "visit_ids": torch.arange(10).unsqueeze(0), "attention_mask": torch.ones(1, 10, dtype=torch.bool)}
+    for rate in (0.0, 0.5):
+        model = encoder("bidirectional", dropout=rate)
+        model.embedding.dropout.p = 0.0
+        with torch.no_grad():  # the other branch adds nothing
+            for block in model.blocks:
+                for p in (block.down if of == "attention" else block.attention.output).parameters(): p.zero_()
+        assert torch.allclose(model.encode(batch), model.train().encode(batch), atol=1e-5) == (rate == 0)
 
 
 def test_attention_dropout():

@@ -24,7 +24,7 @@ from .embeddings import BEHRTEmbedding
 from .saved_models import SavedModel
 from .vocabulary import CLS
 
-# %% ../nbs/06_behrt.ipynb #fa521fd1
+# %% ../nbs/06_behrt.ipynb #c10cbf81
 def check_sizes(
     config, # dataclass of sizes
     *names: str, # fields that must be positive integers
@@ -35,7 +35,7 @@ def check_sizes(
         if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     if not 0 <= config.dropout < 1: raise ValueError(f"dropout: expected a number in [0, 1), got {config.dropout}")
 
-
+# %% ../nbs/06_behrt.ipynb #bd5111e7
 @dataclass
 class BEHRTConfig:
     "Sizes of a BEHRT encoder. Raises `ValueError` for sizes that do not fit together."
@@ -254,7 +254,7 @@ def packed_attention(
         return attend_flex(q, k, v, block_mask=mask).transpose(1, 2).flatten(2).squeeze(0)
     return attend
 
-# %% ../nbs/06_behrt.ipynb #0de50ce9
+# %% ../nbs/06_behrt.ipynb #423a70a9
 def need_keys(
     batch: dict, # of tensors
     *names: str, # keys that are needed
@@ -276,7 +276,24 @@ def _check_places(attention_mask, positions):
     wrong = int(((positions >= 0) & ~there).sum())
     if wrong: raise ValueError(f"positions: {wrong} of {int((positions >= 0).sum())} are places without a token; expected -1, or 0 to {L - 1} where attention_mask is True. A batch that was cut or shifted must be masked again")
 
+# %% ../nbs/06_behrt.ipynb #71d4c7eb
+def _layout(config, visit_ids, attention_mask, positions, attentions):
+    "Grid of the tokens, attention for all blocks and for the last one, and the places in the list that the last one computes."
+    c, grid = config, (TokenGrid if config.packed else WholeGrid)(attention_mask)
+    read = wanted = None
+    if positions is not None:
+        wanted, at = TokenGrid(positions >= 0), positions.clamp(min=0)  # (B, M)
+        read = grid.places.gather(1, at).flatten().index_select(0, wanted.index)  # (m,)
+    if c.packed and visit_ids.is_cuda and not c.attention_dropout and attentions is None and (read is None or len(read)):  # a block mask needs a query
+        everywhere = packed_attention(grid, visit_ids, c.attention, None, c.visit_heads, c.num_heads)
+        return grid, everywhere, everywhere if read is None else packed_attention(grid, visit_ids, c.attention, read, c.visit_heads, c.num_heads), read
+    allowed = head_masks(visit_attention_mask(visit_ids, attention_mask, c.attention), visit_ids, c.visit_heads, c.num_heads)  # (B, heads or 1, L, L)
+    everywhere = grid_attention(grid, allowed, attentions=attentions)
+    if positions is None: return grid, everywhere, everywhere, None
+    of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
+    return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
 
+# %% ../nbs/06_behrt.ipynb #0ad2d3a3
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -290,22 +307,6 @@ class BEHRT(SavedModel):
         self.project = nn.Linear(c.embedding_dim, c.hidden_size)
         self.blocks = nn.ModuleList(EncoderBlock(c.hidden_size, c.num_heads, c.intermediate_size, c.dropout, c.attention_dropout) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(c.hidden_size)
-
-    def _layout(self, visit_ids, attention_mask, positions, attentions):
-        "Grid of the tokens, attention for all blocks and for the last one, and the places in the list that the last one computes."
-        c, grid = self.config, (TokenGrid if self.config.packed else WholeGrid)(attention_mask)
-        read = wanted = None
-        if positions is not None:
-            wanted, at = TokenGrid(positions >= 0), positions.clamp(min=0)  # (B, M)
-            read = grid.places.gather(1, at).flatten().index_select(0, wanted.index)  # (m,)
-        if c.packed and visit_ids.is_cuda and not c.attention_dropout and attentions is None:
-            everywhere, last = (packed_attention(grid, visit_ids, c.attention, of, c.visit_heads, c.num_heads) for of in (None, read))
-            return grid, everywhere, last, read
-        allowed = head_masks(visit_attention_mask(visit_ids, attention_mask, c.attention), visit_ids, c.visit_heads, c.num_heads)  # (B, heads or 1, L, L)
-        everywhere = grid_attention(grid, allowed, attentions=attentions)
-        if positions is None: return grid, everywhere, everywhere, None
-        of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
-        return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
 
     def forward(self,
         codes: Tensor, # (B, L) int64 token ids
@@ -323,7 +324,7 @@ class BEHRT(SavedModel):
         _check_places(attention_mask, positions)
         attentions = [] if return_attention else None
         again = self.config.gradient_checkpointing and self.training and not return_attention  # weights that are handed out are kept anyway
-        grid, attend, attend_last, read = self._layout(visit_ids, attention_mask, positions, attentions)
+        grid, attend, attend_last, read = _layout(self.config, visit_ids, attention_mask, positions, attentions)
         x = grid.take(self.project(self.embedding(codes, ages, visit_ids, times)))  # (n, d)
         for i, block in enumerate(self.blocks):
             arguments = (x, attend_last, read) if i == len(self.blocks) - 1 else (x, attend)

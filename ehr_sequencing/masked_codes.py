@@ -78,7 +78,7 @@ class MaskCodes:
         positions, labels = np.where(there, order, -1), np.where(there, np.take_along_axis(codes, order, 1), -100)
         return batch | {"codes": torch.from_numpy(np.where(chosen, masked, codes)), "masked_positions": torch.from_numpy(positions), "masked_labels": torch.from_numpy(labels)}
 
-# %% ../nbs/06a_masked_codes.ipynb #32e708b5
+# %% ../nbs/06a_masked_codes.ipynb #6a27297a
 class CodeHead(nn.Module):
     "From a token's vector to a logit for each code, with the embedding of the codes as output weights."
     def __init__(self,
@@ -106,7 +106,7 @@ class CodeHead(nn.Module):
         if rates.shape != self.bias.shape or not (rates > 0).all(): raise ValueError(f"rates: expected {len(self.bias)} positive numbers, as `token_rates` gives them, got shape {tuple(rates.shape)}")
         self.bias.copy_(rates.log())
 
-
+# %% ../nbs/06a_masked_codes.ipynb #fada3e85
 def token_rates(
     store, # `SequenceStore`
     rows=None, # rows to count, the training patients; all if None
@@ -116,7 +116,7 @@ def token_rates(
     counts = 1 + sum(np.bincount(tokens, minlength=len(store.vocabulary)) for tokens in (part.tokens, part.static_tokens))
     return torch.from_numpy((counts / counts.sum()).astype(np.float32))
 
-
+# %% ../nbs/06a_masked_codes.ipynb #21647828
 def masked_code_loss(
     logits: Tensor, # (m, vocab_size) of the masked codes, row by row
     batch: dict, # of `MaskCodes`

@@ -35,7 +35,7 @@ def check_sizes(
         if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     if not 0 <= config.dropout < 1: raise ValueError(f"dropout: expected a number in [0, 1), got {config.dropout}")
 
-# %% ../nbs/06_behrt.ipynb #bd5111e7
+# %% ../nbs/06_behrt.ipynb #065fd4d5
 @dataclass
 class BEHRTConfig:
     "Sizes of a BEHRT encoder. Raises `ValueError` for sizes that do not fit together."
@@ -63,7 +63,7 @@ class BEHRTConfig:
         for name, valid in (("attention", ("bidirectional", "visit_causal")), ("position", ("sinusoidal", "learned"))):
             if getattr(self, name) not in valid: raise ValueError(f"{name}: expected '{valid[0]}' or '{valid[1]}', got {getattr(self, name)!r}")
         if self.position == "sinusoidal" and self.embedding_dim % 2: raise ValueError(f"embedding_dim: expected an even number for sinusoidal positions, got {self.embedding_dim}")
-        if not 0 <= self.visit_heads <= self.num_heads: raise ValueError(f"visit_heads: expected 0 to num_heads, which is {self.num_heads}, got {self.visit_heads}")
+        if not (isinstance(self.visit_heads, int) and 0 <= self.visit_heads <= self.num_heads): raise ValueError(f"visit_heads: expected 0 to num_heads, which is {self.num_heads}, got {self.visit_heads}")
         if not 0 <= self.attention_dropout < 1: raise ValueError(f"attention_dropout: expected a number in [0, 1), got {self.attention_dropout}")
 
     @classmethod

@@ -171,7 +171,7 @@ def test_masking_spreads_over_seeds_and_epochs():
     assert abs(chosen.sum(1).var() / (40 * 0.15 * 0.85) - 1) < 0.15  # the number chosen varies as a binomial does
 
 
-@pytest.mark.parametrize("arguments", [{"hidden_size": 30}, {"num_layers": 0}, {"dropout": -0.1}, {"attention_dropout": 1.0}, {"attention": "causal"}, {"position": "rotary"}, {"embedding_dim": 2.5}])
+@pytest.mark.parametrize("arguments", [{"hidden_size": 30}, {"num_layers": 0}, {"dropout": -0.1}, {"attention_dropout": 1.0}, {"attention": "causal"}, {"position": "rotary"}, {"embedding_dim": 2.5}, {"visit_heads": 1.5}, {"visit_heads": 9}])
 def test_configurations_that_make_no_sense(arguments):
     "Each is refused by name."
     with pytest.raises(ValueError, match=next(iter(arguments)) if "hidden_size" not in arguments else "num_heads"): BEHRTConfig(VOCABULARY, **arguments)

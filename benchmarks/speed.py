@@ -220,6 +220,7 @@ def main(
             "Hugging Face on random batches": (lambda: HuggingFace(config), random), "textbook on random batches": (lambda: Textbook(config), random)}
     epochs = {name: make_epoch(build, batches, clock) for name, (build, batches) in arms.items()}
     if device == "cuda":
+        torch._dynamo.config.cache_size_limit = 64  # the arms share code that is compiled for each of them; beyond the limit it would run uncompiled
         arms |= {f"{name}, compiled": arms[name] for name in ("ours", "ours, padding dropped (packed)", "Hugging Face on our batches")}
         epochs |= {name: make_epoch(*arms[name], clock, compiled=True) for name in arms if name.endswith("compiled")}
     limit()

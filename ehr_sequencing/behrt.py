@@ -352,7 +352,7 @@ def count_parameters(
     "Count parameters."
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/06_behrt.ipynb #489985dd
+# %% ../nbs/06_behrt.ipynb #2628ad57
 POOLINGS = ("mean", "max", "cls")
 
 
@@ -361,8 +361,9 @@ def pool_sequence(
     attention_mask: Tensor, # (B, L) bool, True for real tokens
     pooling: str = "mean", # one of `POOLINGS`; for "cls" the first token must be `[CLS]`, see `prepend_cls`
 ) -> Tensor: # (B, d)
-    "One vector for each row. Raises `ValueError` for an unknown `pooling` and for rows without a token."
+    "One vector for each row. Raises `ValueError` for an unknown `pooling`, shapes that do not fit and rows without a token."
     if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if hidden.shape[:2] != attention_mask.shape: raise ValueError(f"attention_mask: expected shape {tuple(hidden.shape[:2])} as `hidden`, got {tuple(attention_mask.shape)}; after `prepend_cls` take the mask that it returns")
     empty = ~attention_mask.any(1)
     if empty.any(): raise ValueError(f"attention_mask: {int(empty.sum())} of {len(empty)} rows have no token, first row {int(empty.int().argmax())}. Leave out patients without codes.")
     if pooling == "cls": return hidden[:, 0]

@@ -78,7 +78,7 @@ class MaskCodes:
         positions, labels = np.where(there, order, -1), np.where(there, np.take_along_axis(codes, order, 1), -100)
         return batch | {"codes": torch.from_numpy(np.where(chosen, masked, codes)), "masked_positions": torch.from_numpy(positions), "masked_labels": torch.from_numpy(labels)}
 
-# %% ../nbs/06a_masked_codes.ipynb #6a27297a
+# %% ../nbs/06a_masked_codes.ipynb #5a6077db
 class CodeHead(nn.Module):
     "From a token's vector to a logit for each code, with the embedding of the codes as output weights."
     def __init__(self,
@@ -103,7 +103,7 @@ class CodeHead(nn.Module):
         rates: Tensor, # (vocab_size,) relative frequencies, each > 0
     ):
         "Set the bias to the log of the frequencies. Raises `ValueError` for rates of another shape or that are not positive."
-        if rates.shape != self.bias.shape or not (rates > 0).all(): raise ValueError(f"rates: expected {len(self.bias)} positive numbers, as `token_rates` gives them, got shape {tuple(rates.shape)}")
+        if rates.shape != self.bias.shape or not (rates > 0).all(): raise ValueError(f"rates: expected {len(self.bias)} positive numbers, as `token_rates` gives them, got shape {tuple(rates.shape)}, {int((rates <= 0).sum())} of them 0 or less")
         self.bias.copy_(rates.log())
 
 # %% ../nbs/06a_masked_codes.ipynb #fada3e85

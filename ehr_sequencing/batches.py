@@ -203,12 +203,15 @@ class BatchLoader:
         planned = _Planned(self, self._plan())
         yield from torch.utils.data.DataLoader(planned, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
 
-# %% ../nbs/02b_batches.ipynb #c320c19c
+# %% ../nbs/02b_batches.ipynb #dbaa354b
 class Compose:
-    "Transforms of batches, one after the other."
+    "Transforms of batches, one after the other. Raises `TypeError` for one that cannot be called."
     def __init__(self,
         *transforms, # callables: batch -> batch
-    ): self.transforms = transforms
+    ):
+        for transform in transforms:
+            if not callable(transform): raise TypeError(f"transforms: expected callables, as in Compose(first, second), got a {type(transform).__name__}")
+        self.transforms = transforms
 
     def set_epoch(self, epoch: int): # passed on to the transforms that draw anew each epoch
         "Choose an epoch."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'head_masks', 'TokenGrid', 'WholeGrid',
-           'SelfAttention', 'grid_attention', 'EncoderBlock', 'packed_attention', 'BEHRT', 'count_parameters',
-           'pool_sequence', 'prepend_cls']
+           'SelfAttention', 'grid_attention', 'EncoderBlock', 'packed_attention', 'need_keys', 'BEHRT',
+           'count_parameters', 'pool_sequence', 'prepend_cls']
 
 # %% ../nbs/06_behrt.ipynb #1f7f8e1b
 import dataclasses
@@ -24,7 +24,7 @@ from .embeddings import BEHRTEmbedding
 from .saved_models import SavedModel
 from .vocabulary import CLS
 
-# %% ../nbs/06_behrt.ipynb #fa521fd1
+# %% ../nbs/06_behrt.ipynb #c10cbf81
 def check_sizes(
     config, # dataclass of sizes
     *names: str, # fields that must be positive integers
@@ -35,7 +35,7 @@ def check_sizes(
         if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     if not 0 <= config.dropout < 1: raise ValueError(f"dropout: expected a number in [0, 1), got {config.dropout}")
 
-
+# %% ../nbs/06_behrt.ipynb #065fd4d5
 @dataclass
 class BEHRTConfig:
     "Sizes of a BEHRT encoder. Raises `ValueError` for sizes that do not fit together."
@@ -63,7 +63,7 @@ class BEHRTConfig:
         for name, valid in (("attention", ("bidirectional", "visit_causal")), ("position", ("sinusoidal", "learned"))):
             if getattr(self, name) not in valid: raise ValueError(f"{name}: expected '{valid[0]}' or '{valid[1]}', got {getattr(self, name)!r}")
         if self.position == "sinusoidal" and self.embedding_dim % 2: raise ValueError(f"embedding_dim: expected an even number for sinusoidal positions, got {self.embedding_dim}")
-        if not 0 <= self.visit_heads <= self.num_heads: raise ValueError(f"visit_heads: expected 0 to num_heads, which is {self.num_heads}, got {self.visit_heads}")
+        if not (isinstance(self.visit_heads, int) and 0 <= self.visit_heads <= self.num_heads): raise ValueError(f"visit_heads: expected 0 to num_heads, which is {self.num_heads}, got {self.visit_heads}")
         if not 0 <= self.attention_dropout < 1: raise ValueError(f"attention_dropout: expected a number in [0, 1), got {self.attention_dropout}")
 
     @classmethod
@@ -254,7 +254,46 @@ def packed_attention(
         return attend_flex(q, k, v, block_mask=mask).transpose(1, 2).flatten(2).squeeze(0)
     return attend
 
-# %% ../nbs/06_behrt.ipynb #a80ac350
+# %% ../nbs/06_behrt.ipynb #423a70a9
+def need_keys(
+    batch: dict, # of tensors
+    *names: str, # keys that are needed
+    remedy: str, # how to get them
+):
+    "Raise `ValueError` if a batch lacks a key."
+    missing = [name for name in names if name not in batch]
+    if missing: raise ValueError(f"batch: has no {', '.join(missing)}. {remedy}")
+
+
+def _check_places(attention_mask, positions):
+    "Raise `TypeError` or `ValueError` for a mask that is not boolean and for positions at which no token stands."
+    if attention_mask.dtype != torch.bool: raise TypeError(f"attention_mask: expected torch.bool, True for real tokens, got {attention_mask.dtype}; convert it with .bool()")
+    if positions is None: return
+    B, L = attention_mask.shape
+    if positions.ndim != 2 or len(positions) != B: raise ValueError(f"positions: expected shape (B, M) with a row for each of the {B} rows of codes, got {tuple(positions.shape)}")
+    if torch.compiler.is_compiling() or not positions.numel(): return
+    there = F.pad(attention_mask, (0, 1)).gather(1, positions.clamp(-1, L) % (L + 1))  # (B, M); -1 and what lies beyond the row read the False at its end
+    wrong = int(((positions >= 0) & ~there).sum())
+    if wrong: raise ValueError(f"positions: {wrong} of {int((positions >= 0).sum())} are places without a token; expected -1, or 0 to {L - 1} where attention_mask is True. A batch that was cut or shifted must be masked again")
+
+# %% ../nbs/06_behrt.ipynb #71d4c7eb
+def _layout(config, visit_ids, attention_mask, positions, attentions):
+    "Grid of the tokens, attention for all blocks and for the last one, and the places in the list that the last one computes."
+    c, grid = config, (TokenGrid if config.packed else WholeGrid)(attention_mask)
+    read = wanted = None
+    if positions is not None:
+        wanted, at = TokenGrid(positions >= 0), positions.clamp(min=0)  # (B, M)
+        read = grid.places.gather(1, at).flatten().index_select(0, wanted.index)  # (m,)
+    if c.packed and visit_ids.is_cuda and not c.attention_dropout and attentions is None and (read is None or len(read)):  # a block mask needs a query
+        everywhere = packed_attention(grid, visit_ids, c.attention, None, c.visit_heads, c.num_heads)
+        return grid, everywhere, everywhere if read is None else packed_attention(grid, visit_ids, c.attention, read, c.visit_heads, c.num_heads), read
+    allowed = head_masks(visit_attention_mask(visit_ids, attention_mask, c.attention), visit_ids, c.visit_heads, c.num_heads)  # (B, heads or 1, L, L)
+    everywhere = grid_attention(grid, allowed, attentions=attentions)
+    if positions is None: return grid, everywhere, everywhere, None
+    of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
+    return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
+
+# %% ../nbs/06_behrt.ipynb #0ad2d3a3
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -269,22 +308,6 @@ class BEHRT(SavedModel):
         self.blocks = nn.ModuleList(EncoderBlock(c.hidden_size, c.num_heads, c.intermediate_size, c.dropout, c.attention_dropout) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(c.hidden_size)
 
-    def _layout(self, visit_ids, attention_mask, positions, attentions):
-        "Grid of the tokens, attention for all blocks and for the last one, and the places in the list that the last one computes."
-        c, grid = self.config, (TokenGrid if self.config.packed else WholeGrid)(attention_mask)
-        read = wanted = None
-        if positions is not None:
-            wanted, at = TokenGrid(positions >= 0), positions.clamp(min=0)  # (B, M)
-            read = grid.places.gather(1, at).flatten().index_select(0, wanted.index)  # (m,)
-        if c.packed and visit_ids.is_cuda and not c.attention_dropout and attentions is None:
-            everywhere, last = (packed_attention(grid, visit_ids, c.attention, of, c.visit_heads, c.num_heads) for of in (None, read))
-            return grid, everywhere, last, read
-        allowed = head_masks(visit_attention_mask(visit_ids, attention_mask, c.attention), visit_ids, c.visit_heads, c.num_heads)  # (B, heads or 1, L, L)
-        everywhere = grid_attention(grid, allowed, attentions=attentions)
-        if positions is None: return grid, everywhere, everywhere, None
-        of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
-        return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
-
     def forward(self,
         codes: Tensor, # (B, L) int64 token ids
         ages: Tensor, # (B, L) int64 years, negative if unknown
@@ -294,16 +317,18 @@ class BEHRT(SavedModel):
         *,
         positions: Tensor | None = None, # (B, M) int64 places of the tokens whose vectors are wanted, -1 for none; all if None
         return_attention: bool = False, # return the attention weights as well
-    ): # (B, L, hidden_size); with `positions` (m, hidden_size), row by row; with `return_attention` a pair: that, and for each layer (B, heads, L, L)
-        "Encode tokens. Raises `ValueError` where shapes differ."
+    ): # (B, L, hidden_size); with `positions` (m, hidden_size), row by row; with `return_attention` a pair: that, and for each layer (B, heads, L, L), the last one (B, heads, M, L) with `positions`
+        "Encode tokens. Raises `ValueError` where shapes differ, for positions without a token, and what `check_tokens` raises; `TypeError` for other types."
         shapes = {tuple(t.shape) for t in (codes, ages, visit_ids, attention_mask)}
         if len(shapes) > 1: raise ValueError(f"codes, ages, visit_ids and attention_mask must have one shape (B, L), got {sorted(shapes)}")
+        _check_places(attention_mask, positions)
         attentions = [] if return_attention else None
-        grid, attend, attend_last, read = self._layout(visit_ids, attention_mask, positions, attentions)
+        again = self.config.gradient_checkpointing and self.training and not return_attention  # weights that are handed out are kept anyway
+        grid, attend, attend_last, read = _layout(self.config, visit_ids, attention_mask, positions, attentions)
         x = grid.take(self.project(self.embedding(codes, ages, visit_ids, times)))  # (n, d)
         for i, block in enumerate(self.blocks):
             arguments = (x, attend_last, read) if i == len(self.blocks) - 1 else (x, attend)
-            x = checkpoint(block, *arguments, use_reentrant=False) if self.config.gradient_checkpointing and self.training else block(*arguments)
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         x = self.norm(x)
         x = grid.put(x) if positions is None else x
         return (x, attentions) if return_attention else x
@@ -312,7 +337,8 @@ class BEHRT(SavedModel):
         batch: dict, # from `make_batch`
         **options, # `positions`, `return_attention`
     ): # what `forward` returns
-        "Encode a batch."
+        "Encode a batch. Raises `ValueError` for a batch without flat tensors, and what `forward` raises."
+        need_keys(batch, "codes", "ages", "visit_ids", "attention_mask", remedy="The encoder reads flat tensors; make the batch with layout='flat' or 'both'.")
         return self(batch["codes"], batch["ages"], batch["visit_ids"], batch["attention_mask"], batch.get("times"), **options)
 
     def count_parameters(self) -> int: # all parameters
@@ -326,7 +352,7 @@ def count_parameters(
     "Count parameters."
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/06_behrt.ipynb #f0c0c415
+# %% ../nbs/06_behrt.ipynb #2628ad57
 POOLINGS = ("mean", "max", "cls")
 
 
@@ -335,8 +361,9 @@ def pool_sequence(
     attention_mask: Tensor, # (B, L) bool, True for real tokens
     pooling: str = "mean", # one of `POOLINGS`; for "cls" the first token must be `[CLS]`, see `prepend_cls`
 ) -> Tensor: # (B, d)
-    "One vector for each row. Raises `ValueError` for an unknown `pooling` and for rows without a token."
+    "One vector for each row. Raises `ValueError` for an unknown `pooling`, shapes that do not fit and rows without a token."
     if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if hidden.shape[:2] != attention_mask.shape: raise ValueError(f"attention_mask: expected shape {tuple(hidden.shape[:2])} as `hidden`, got {tuple(attention_mask.shape)}; after `prepend_cls` take the mask that it returns")
     empty = ~attention_mask.any(1)
     if empty.any(): raise ValueError(f"attention_mask: {int(empty.sum())} of {len(empty)} rows have no token, first row {int(empty.int().argmax())}. Leave out patients without codes.")
     if pooling == "cls": return hidden[:, 0]
@@ -351,5 +378,5 @@ def prepend_cls(
     "Put `[CLS]` in front of every row: of no visit (-1), with the age and the time of the row's first token. Before `MaskCodes`, whose places it would shift."
     if "masked_positions" in batch: raise ValueError("batch: its codes are masked already, and [CLS] would shift their places. Use Compose(prepend_cls, MaskCodes(...)).")
     front = {"codes": CLS, "visit_ids": -1, "attention_mask": True}
-    first = {name: torch.full_like(batch[name][:, :1], front[name]) if name in front else batch[name][:, :1] for name in ("codes", "ages", "visit_ids", "times", "attention_mask")}
+    first = {name: torch.full_like(batch[name][:, :1], front[name]) if name in front else batch[name][:, :1] for name in ("codes", "ages", "visit_ids", "times", "attention_mask") if name in batch}
     return batch | {name: torch.cat([column, batch[name]], 1) for name, column in first.items()}

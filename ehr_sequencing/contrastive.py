@@ -6,7 +6,7 @@
 __all__ = ['drop_tokens', 'two_views', 'TwoViews', 'nt_xent_loss', 'alignment', 'uniformity', 'view_retrieval',
            'BEHRTForContrastive']
 
-# %% ../nbs/07c_contrastive.ipynb #1df0b085
+# %% ../nbs/07c_contrastive.ipynb #0aa54dfc
 import math
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .behrt import POOLINGS, BEHRT, BEHRTConfig, pool_sequence, prepend_cls
+from .behrt import POOLINGS, BEHRT, BEHRTConfig, need_keys, pool_sequence, prepend_cls
 from .saved_models import SavedModel
 from .vocabulary import CLS
 
@@ -49,7 +49,7 @@ def _kept(batch, generator, code_dropout, visit_dropout):
     luckiest = torch.arange(codes.shape[1]) == luck.masked_fill(~codes, -1).argmax(1, keepdim=True)
     return torch.where(keep.any(1, keepdim=True), keep, luckiest) | (batch["attention_mask"] & ~codes)
 
-# %% ../nbs/07c_contrastive.ipynb #080363b5
+# %% ../nbs/07c_contrastive.ipynb #6785f1f5
 def two_views(
     batch: dict, # from `make_batch`, flat
     generator: np.random.Generator, # of the random numbers
@@ -59,8 +59,7 @@ def two_views(
     "Two damaged copies of each history, never empty. Raises `ValueError` for probabilities outside [0, 1) and a batch without flat tensors."
     for name, p in (("code_dropout", code_dropout), ("visit_dropout", visit_dropout)):
         if not 0 <= p < 1: raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
-    missing = [name for name in _FLAT if name not in batch]
-    if missing: raise ValueError(f"batch: has no {', '.join(missing)}; views are made of flat tensors, of layout='flat' or 'both'")
+    need_keys(batch, *_FLAT, remedy="Views are made of flat tensors; make the batch with layout='flat' or 'both'.")
     keep = torch.cat([_kept(batch, generator, code_dropout, visit_dropout) for _ in range(2)])
     views = drop_tokens({name: torch.cat([batch[name]] * 2) for name in _FLAT}, keep)
     return views | ({"rows": torch.cat([batch["rows"]] * 2)} if "rows" in batch else {})
@@ -84,16 +83,19 @@ class TwoViews:
     def __call__(self,
         batch: dict, # from `make_batch`
     ) -> dict: # 2B rows, see `two_views`
-        "Make the views of a batch."
+        "Make the views of a batch. Raises `ValueError` as `two_views`, and for a batch without `rows`."
+        need_keys(batch, "rows", remedy="They name the patients, and what is dropped depends on them; `make_batch` gives them.")
         generator = np.random.default_rng([self.seed, self.epoch, 23, *batch["rows"].tolist()])
         return two_views(batch, generator, self.code_dropout, self.visit_dropout)
 
-# %% ../nbs/07c_contrastive.ipynb #162cbe56
+# %% ../nbs/07c_contrastive.ipynb #47fb44e1
 def _similarities(z):
     "(2B, 2B) cosines and (2B,) place of the other view. Raises `ValueError` for an odd number of rows."
     if z.ndim != 2 or len(z) % 2: raise ValueError(f"z: expected shape (2B, p), views of patient i at i and B + i, got {tuple(z.shape)}")
-    z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
-    return z @ z.T, torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    with torch.autocast(z.device.type, enabled=False):  # cosines of two digits, divided by tau, are logits of one
+        z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
+        cosines = z @ z.T
+    return cosines, torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
 
 def _of_others(z, patients):
@@ -148,9 +150,9 @@ def view_retrieval(
     among = cosines.masked_fill(~others, -math.inf)
     return ((among > partner).sum(1).eq(0) / (1 + (among == partner).sum(1))).mean().item()
 
-# %% ../nbs/07c_contrastive.ipynb #7935f84f
+# %% ../nbs/07c_contrastive.ipynb #19ba0179
 class BEHRTForContrastive(SavedModel):
-    "BEHRT encoder, pooled over the record, with a projection for NT-Xent. Batches come from `TwoViews`."
+    "BEHRT encoder, pooled over the record, with a projection for NT-Xent. Batches come from `TwoViews`. Raises `ValueError` for settings that make no sense."
     config_class, encoder = BEHRTConfig, "behrt"
 
     def __init__(self,
@@ -163,6 +165,7 @@ class BEHRTForContrastive(SavedModel):
         if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if pooling == "cls" and config.attention != "bidirectional": raise ValueError("pooling: 'cls' needs attention='bidirectional', since [CLS] stands before all visits and sees none of them otherwise; use 'mean'")
         if not temperature > 0: raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+        if not isinstance(projection_size, int) or projection_size < 1: raise ValueError(f"projection_size: expected a positive integer, got {projection_size!r}")
         self.pooling, self.temperature = pooling, temperature
         self.behrt = BEHRT(config)
         self.projection = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, projection_size))
@@ -184,7 +187,8 @@ class BEHRTForContrastive(SavedModel):
         outputs: Tensor, # (2B, projection_size) of `forward`
         batch: dict, # of `TwoViews`
     ) -> tuple: # NT-Xent, number of patients; zero and 0 for a batch of one patient
-        "`nt_xent_loss`, with views of the same patient known by `rows`."
+        "`nt_xent_loss`, with views of the same patient known by `rows`. Raises `ValueError` for a batch without them."
+        need_keys(batch, "rows", remedy="They say which views are of one patient; `make_batch` gives them.")
         rows = batch["rows"]
         if (rows == rows[0]).all(): return outputs.sum() * 0, 0
         return nt_xent_loss(outputs, rows, self.temperature), len(outputs) // 2

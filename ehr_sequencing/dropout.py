@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/05_dropout.ipynb #8fbc8ce9
+# %% ../nbs/05_dropout.ipynb #8db97854
 def dropout(
     x: Tensor, # any shape
     p: float, # probability of a zero, in [0, 1)
@@ -22,7 +22,7 @@ def dropout(
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)  # 64 random bits a word, four decisions
     threshold = round(p * 2**16)
     keep = words.view(torch.int16)[:x.numel()].view(x.shape) >= threshold - 2**15
-    return x * (keep * (1 / (1 - threshold / 2**16)))
+    return x * (keep * (1 / (1 - threshold / 2**16))).to(x.dtype)
 
 
 class Dropout(nn.Module):

@@ -8,7 +8,7 @@ __all__ = ['N_SPECIAL', 'KINDS', 'target_codes', 'attach_next_visit', 'next_visi
            'repeat_last_visit', 'own_history', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
            'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
 
-# %% ../nbs/07a_next_visit.ipynb #8ead8f29
+# %% ../nbs/07a_next_visit.ipynb #fca65158
 import math
 from contextlib import contextmanager
 
@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .aggregation import pool_visits
-from .behrt import BEHRT, BEHRTConfig
-from .masked_codes import CodeHead
+from .behrt import BEHRT, BEHRTConfig, need_keys
+from .masked_codes import CodeHead, masked_code_loss
 from .saved_models import SavedModel
 from .sequences import SequenceStore, row_numbers
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, is_excluded, offsets_of
 
-# %% ../nbs/07a_next_visit.ipynb #e1835515
+# %% ../nbs/07a_next_visit.ipynb #9e745118
 N_SPECIAL = len(SPECIAL_TOKENS)
+_ATTACH = "Attach the answers: BatchLoader(..., transform=partial(attach_next_visit, store=store))."
 
 
 def target_codes(
@@ -136,7 +137,7 @@ def codes_so_far(
     had[:, :N_SPECIAL] = False
     return had
 
-# %% ../nbs/07a_next_visit.ipynb #a71d0b18
+# %% ../nbs/07a_next_visit.ipynb #e672c490
 def draw_cuts(
     store: SequenceStore, # where the patients are
     rows=None, # patients to ask about, or a mask; all if None
@@ -144,7 +145,7 @@ def draw_cuts(
     seed: int = 0, # of the draw
 ) -> tuple: # rows and last visits, (m,) int64 each, for `BatchLoader` or `make_batch`; patients with a single visit are left out
     "Draw visits that have a next one, uniformly within each patient. Raises `ValueError` if nobody has two visits or `per_patient` is below 1."
-    if not per_patient >= 1: raise ValueError(f"per_patient: expected a whole number, at least 1, got {per_patient}")
+    if not per_patient >= 1 or per_patient != int(per_patient): raise ValueError(f"per_patient: expected a whole number, at least 1, got {per_patient}")
     rows = np.arange(len(store)) if rows is None else row_numbers(rows, len(store))
     n = store.n_visits[rows] - 1
     if not n.sum(): raise ValueError("rows: none of these patients has two visits, so no visit has a next one")
@@ -154,7 +155,7 @@ def draw_cuts(
     chosen = np.sort(order[place - begins < per_patient])
     return rows[owner[chosen]], (place - begins)[chosen]
 
-# %% ../nbs/07a_next_visit.ipynb #3f20a20c
+# %% ../nbs/07a_next_visit.ipynb #c7567ee9
 def next_visit_rates(
     store: SequenceStore, # where the patients are
     rows=None, # the training patients; all if None
@@ -176,7 +177,8 @@ def next_visit_loss(
     logits: Tensor, # (n, vocab_size), a row for each visit that is asked about
     batch: dict, # of `attach_next_visit`
 ) -> tuple: # scalar: nats a visit; n. Without a visit that has a next one: a zero that belongs to the graph, and 0
-    "Binary cross-entropy, summed over codes and averaged over visits. Raises `ValueError` where the logits are not those of the batch."
+    "Binary cross-entropy, summed over codes and averaged over visits. Raises `ValueError` for a batch without answers and where the logits are not those of the batch."
+    need_keys(batch, "next_mask", "history_codes", "history_visits", remedy=_ATTACH)
     asked = int(batch["next_mask"].sum())
     if len(logits) != asked: raise ValueError(f"logits: expected a row for each of the {asked} visits of `next_mask`, got {len(logits)}")
     if not asked: return logits.sum() * 0, 0
@@ -260,7 +262,7 @@ def own_history(
         return (counts + prior_visits * rates.to(counts.device)) / (visits[:, None] + prior_visits)
     return score
 
-# %% ../nbs/07a_next_visit.ipynb #3ce63ff8
+# %% ../nbs/07a_next_visit.ipynb #00a0ff48
 KINDS = ("all", "repeated", "new")
 
 
@@ -290,7 +292,7 @@ def evaluate_next_visit(
     kinds=KINDS, # some of "all", "repeated", "new"
     candidates: str = "kind", # "kind": repeated codes are ranked among those had, new ones among those not had; "all": one list for all
 ) -> pd.DataFrame: # kind, k, recall, precision, visits (that have such a target), left_out (that have none)
-    "Recall and precision among the first k, a mean over visits. A model is put into evaluation mode for it. Raises `ValueError` for an unknown kind, or one that no visit has."
+    "Recall and precision among the first k, a mean over visits. A model is put into evaluation mode for it. Raises `ValueError` for an unknown kind, or one that no visit has, and batches without answers."
     if candidates not in ("kind", "all"): raise ValueError(f"candidates: expected 'kind' or 'all', got {candidates!r}")
     for kind in kinds:
         if kind not in KINDS: raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {kind!r}")
@@ -299,6 +301,7 @@ def evaluate_next_visit(
     sums, visits, asked = np.zeros((len(kinds), len(ks), 2)), np.zeros(len(kinds), dtype=int), 0
     with _evaluating(module):
         for batch in loader:
+            need_keys(batch, "next_mask", "history_codes", "history_visits", remedy=_ATTACH)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             scores = score(batch)
             targets, had = next_visit_targets(batch, scores.shape[1]), codes_so_far(batch, scores.shape[1])
@@ -314,7 +317,7 @@ def evaluate_next_visit(
         if not n: raise ValueError(f"kinds: none of the {asked} visits that are asked about has a target of kind '{kind}', so its recall is undefined; leave it out of `kinds`")
     return pd.DataFrame([(kind, k, *(sums[i, j] / visits[i]), visits[i], asked - visits[i]) for i, kind in enumerate(kinds) for j, k in enumerate(ks)], columns=["kind", "k", "recall", "precision", "visits", "left_out"])
 
-# %% ../nbs/07a_next_visit.ipynb #45f94132
+# %% ../nbs/07a_next_visit.ipynb #d09a11d5
 class NextVisitHead(nn.Module):
     "From a visit's vector to a logit for each code, with the embedding of the codes as output weights."
     def __init__(self,
@@ -326,7 +329,7 @@ class NextVisitHead(nn.Module):
         self.dense, self.project = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, embedding_dim, bias=False)
         nn.init.normal_(self.project.weight, std=0.005)  # the bias speaks first
         rate = min(0.5, 5 / vocab_size)  # a visit holds a few codes
-        self.bias = nn.Parameter(torch.full((vocab_size,), math.log(rate / (1 - rate)) if rate < 0.5 else 0.0))
+        self.bias = nn.Parameter(torch.full((vocab_size,), math.log(rate / (1 - rate))))
 
     @torch.no_grad()
     def start_from(self,
@@ -345,7 +348,8 @@ class NextVisitHead(nn.Module):
 
 
 def _asked_visits(hidden, batch, attention):
-    "(n, d) means of the tokens of the visits that are asked about. Raises `ValueError` where they have seen the answer."
+    "(n, d) means of the tokens of the visits that are asked about. Raises `ValueError` where they have seen the answer, or nothing is asked."
+    need_keys(batch, "next_mask", remedy=_ATTACH)
     mask = batch["next_mask"]
     if attention == "bidirectional":
         seen = mask[:, :-1] & batch["sequence_mask"][:, 1:]
@@ -418,7 +422,7 @@ class BEHRTForNextVisitPrediction(NextVisitModel):
         "`next_visit_loss`."
         return next_visit_loss(outputs, batch)
 
-# %% ../nbs/07a_next_visit.ipynb #71af2139
+# %% ../nbs/07a_next_visit.ipynb #c1e3702f
 class BEHRTForPretraining(NextVisitModel):
     "One BEHRT encoder with two heads, for masked codes and for the next visit. Batches come from `MaskCodes` and `attach_next_visit`."
     vocabulary_rows = (*NextVisitModel.vocabulary_rows, "mlm.bias")
@@ -440,14 +444,13 @@ class BEHRTForPretraining(NextVisitModel):
     ):
         "Let training start at the base rates of both tasks. Raises `ValueError` for another number of rates."
         super().start_from(rates)
-        if frequencies is None: return
-        if frequencies.shape != rates.shape: raise ValueError(f"frequencies: expected one for each of {len(rates)} tokens, got shape {tuple(frequencies.shape)}")
-        self.mlm.start_from(frequencies)
+        if frequencies is not None: self.mlm.start_from(frequencies)
 
     def forward(self,
         batch: dict, # of `MaskCodes` and `attach_next_visit`
     ) -> dict: # "mlm": (m, vocab_size) logits of the masked codes; "next_visit": (n, vocab_size) at the visits that are asked about
-        "Logits of both heads, from one pass. Raises `ValueError` where attention would see the next visit."
+        "Logits of both heads, from one pass. Raises `ValueError` where attention would see the next visit, and for a batch that lacks a transform."
+        need_keys(batch, "masked_positions", remedy="Mask the batch with MaskCodes; for the next visit alone, as in an evaluation, call `next_visit_logits`.")
         hidden, codes = self.behrt.encode(batch), self.behrt.embedding.code.weight
         there = batch["masked_positions"] >= 0  # (B, M)
         masked = hidden[there.nonzero()[:, 0], batch["masked_positions"][there]]  # (m, d)
@@ -458,9 +461,7 @@ class BEHRTForPretraining(NextVisitModel):
         batch: dict, # of `MaskCodes` and `attach_next_visit`
     ) -> dict: # "mlm" and "next_visit": (loss, units)
         "The two losses, each with its number of units; zero and 0 where there is none."
-        labels = batch["masked_labels"][batch["masked_labels"] >= 0]  # (m,)
-        mlm = F.cross_entropy(outputs["mlm"], labels) if len(labels) else outputs["mlm"].sum() * 0
-        return {"mlm": (mlm, len(labels)), "next_visit": next_visit_loss(outputs["next_visit"], batch)}
+        return {"mlm": masked_code_loss(outputs["mlm"], batch), "next_visit": next_visit_loss(outputs["next_visit"], batch)}
 
     def loss(self,
         outputs: dict, # of `forward`

@@ -144,6 +144,7 @@ def test_nt_xent_is_cross_entropy_view_by_view(drawn):
     for dtype in (torch.float16, torch.bfloat16):  # rounded vectors, but no rounding after them
         low = nt_xent_loss(z.to(dtype), patients, tau)
         assert low.dtype == torch.float32 and low.item() == pytest.approx(nt_xent_loss(z.to(dtype).double(), patients, tau).item(), rel=1e-4, abs=1e-4)
+        with torch.autocast("cpu", dtype=dtype): assert nt_xent_loss(z.to(dtype), patients, tau).equal(low)  # as a trainer calls it
 
 
 @many
@@ -203,7 +204,7 @@ def test_the_loss_of_the_model(store, tmp_path):
     with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.isfinite(model.loss(model(batch), batch)[0])
     model.save_pretrained(tmp_path / "model", store.vocabulary)
     again = BEHRTForContrastive.from_pretrained(tmp_path / "model", temperature=0.5)
-    assert again.temperature == 0.5 and again(batch).equal(model.eval()(batch))
+    assert again(batch).equal(model.eval()(batch)) and again.loss(again(batch), batch)[0].equal(nt_xent_loss(again(batch), batch["rows"], 0.5))
 
 
 def test_the_loader_makes_the_same_views_in_any_process(store):
@@ -221,5 +222,6 @@ def test_errors_name_the_argument(store):
                           (lambda: nt_xent_loss(z, temperature=-1.0), "temperature"), (lambda: nt_xent_loss(z, temperature=math.nan), "temperature"), (lambda: TwoViews(visit_dropout=1), "visit_dropout"),
                           (lambda: two_views({k: v for k, v in batch.items() if k != "times"}, np.random.default_rng(0)), "batch: has no times"),
                           (lambda: model_of(store, pooling="sum"), "pooling: expected one of"), (lambda: model_of(store, pooling="cls", attention="visit_causal"), "pooling: 'cls' needs"),
-                          (lambda: model_of(store, temperature=0.0), "temperature")):
+                          (lambda: model_of(store, temperature=0.0), "temperature"), (lambda: BEHRTForContrastive(BEHRTConfig(9), 0), "projection_size: expected a positive"),
+                          (lambda: TwoViews()({k: v for k, v in batch.items() if k != "rows"}), "batch: has no rows"), (lambda: BEHRTForContrastive(BEHRTConfig(9)).loss(z, {}), "batch: has no rows")):
         with pytest.raises(ValueError, match=message): call()

@@ -1,14 +1,20 @@
 "The encoder and masked codes: properties over drawn batches, which the chapters show on an example each."
+import datetime
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from ehr_sequencing.aggregation import assert_no_future_leakage, pool_visits
+from ehr_sequencing.batches import BatchLoader, Compose
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig, TokenGrid, grid_attention, head_masks, packed_attention, pool_sequence, prepend_cls, visit_attention_mask
+from ehr_sequencing.events import EventTable, event_table
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
-from ehr_sequencing.vocabulary import CLS, MASK, SPECIAL_TOKENS
+from ehr_sequencing.sequences import build_store
+from ehr_sequencing.vocabulary import CLS, MASK, SPECIAL_TOKENS, fit_vocabulary
 
 VOCABULARY = 60
 
@@ -87,11 +93,10 @@ def test_rule_of_the_block_mask(batch, layout):
 def test_packed_on_a_gpu(attention, visit_heads):
     "Compiled flex attention: outputs and gradients as padded, in single precision."
     torch.backends.cuda.matmul.allow_tf32 = False
-    mask = MaskCodes(VOCABULARY)
-    for B, L in ((3, 40), (7, 130)):
+    for B, L, probability in ((3, 40, 0.15), (7, 130, 0.15), (2, 20, 1e-9)):  # nothing is masked in the last
         visit_ids = torch.arange(L).div(3, rounding_mode="floor").expand(B, -1)
         real = torch.arange(L) < torch.randint(5, L + 1, (B, 1))
-        batch = mask({"codes": torch.where(real, torch.randint(5, VOCABULARY, (B, L)), 0), "ages": 50 + visit_ids, "visit_ids": torch.where(real, visit_ids, -1), "times": visit_ids * 9.0, "attention_mask": real})
+        batch = MaskCodes(VOCABULARY, probability)({"codes": torch.where(real, torch.randint(5, VOCABULARY, (B, L)), 0), "ages": 50 + visit_ids, "visit_ids": torch.where(real, visit_ids, -1), "times": visit_ids * 9.0, "attention_mask": real})
         batch, results = {k: v.cuda() for k, v in batch.items()}, []
         for packed in (False, True):
             torch.manual_seed(0)
@@ -139,6 +144,19 @@ def test_masking(batch, seed, epoch, whole_visit, probability):
     assert mask({k: v[order] for k, v in batch.items()})["codes"].equal(out["codes"][order])
 
 
+def test_epochs_reach_transforms_in_worker_processes():
+    "The loader tells `Compose`, which tells `MaskCodes`; batches made in another process are the same, and change with the epoch."
+    begin = datetime.datetime(2010, 1, 1)
+    events = event_table(pl.DataFrame([(i, begin + datetime.timedelta(days=30 * v), f"C{(i * v + k) % 9}") for i in range(30) for v in range(4) for k in range(3)], schema=["subject_id", "time", "code"], orient="row"))
+    store = build_store(EventTable(events), fit_vocabulary(events, min_patients=1))
+    def codes(workers, epoch):
+        loader = BatchLoader(store, token_budget=100, transform=Compose(prepend_cls, MaskCodes(len(store.vocabulary), 0.4)), layout="flat", num_workers=workers)
+        loader.set_epoch(epoch)
+        return [b["codes"].tolist() for b in loader]
+    assert codes(0, 0) == codes(1, 0) and codes(0, 1) == codes(1, 1) != codes(0, 0)
+    assert all(row[0] == CLS for batch in codes(1, 1) for row in batch)
+
+
 def test_masking_spreads_over_seeds_and_epochs():
     "Over 300 epochs every code of a record is chosen 15 % of the time, and pairs of codes independently of one another."
     batch = {"codes": torch.arange(5, 45).unsqueeze(0), "visit_ids": torch.arange(40).div(4, rounding_mode="floor").unsqueeze(0), "attention_mask": torch.ones(1, 40, dtype=torch.bool)}
@@ -153,7 +171,7 @@ def test_masking_spreads_over_seeds_and_epochs():
     assert abs(chosen.sum(1).var() / (40 * 0.15 * 0.85) - 1) < 0.15  # the number chosen varies as a binomial does
 
 
-@pytest.mark.parametrize("arguments", [{"hidden_size": 30}, {"num_layers": 0}, {"dropout": -0.1}, {"attention_dropout": 1.0}, {"attention": "causal"}, {"position": "rotary"}, {"embedding_dim": 2.5}])
+@pytest.mark.parametrize("arguments", [{"hidden_size": 30}, {"num_layers": 0}, {"dropout": -0.1}, {"attention_dropout": 1.0}, {"attention": "causal"}, {"position": "rotary"}, {"embedding_dim": 2.5}, {"visit_heads": 1.5}, {"visit_heads": 9}])
 def test_configurations_that_make_no_sense(arguments):
     "Each is refused by name."
     with pytest.raises(ValueError, match=next(iter(arguments)) if "hidden_size" not in arguments else "num_heads"): BEHRTConfig(VOCABULARY, **arguments)
@@ -178,6 +196,86 @@ def test_cls_in_front_changes_neither_gaps_nor_the_past():
     with torch.no_grad():
         alone = model.encode({k: v[:, :1] for k, v in longer.items()})
         torch.testing.assert_close(model.encode(longer)[:, :1], alone, atol=1e-6, rtol=0)
+
+
+def rows_through(model, work):
+    "Rows that each block's feed-forward layer sees while something is done, call by call."
+    seen = []
+    hooks = [block.up.register_forward_hook(lambda layer, inputs, output: seen.append(len(inputs[0]))) for block in model.blocks]
+    work()
+    for hook in hooks: hook.remove()
+    return seen
+
+
+def test_work_that_is_saved():
+    "Packing drops padding, reading in places spares the last block the rest, checkpointing runs the blocks again and keeps no second set of weights."
+    mask = torch.arange(9) < torch.tensor([[9], [4], [1]])
+    batch = {"codes": torch.where(mask, 7, 0), "ages": torch.full((3, 9), 50), "visit_ids": torch.where(mask, torch.arange(9), -1), "attention_mask": mask}
+    places = torch.tensor([[0, 3], [2, -1], [-1, -1]])
+    for packed, n in ((False, 27), (True, 14)):
+        model = encoder("visit_causal", packed=packed)
+        assert rows_through(model, lambda: model.encode(batch)) == [n, n]
+        assert rows_through(model, lambda: model.encode(batch, positions=places)) == [n, 3]
+    again = encoder("visit_causal", gradient_checkpointing=True).train()
+    assert len(rows_through(again, lambda: again.encode(batch)[mask].sum().backward())) == 4
+    assert len(rows_through(again.eval(), lambda: again.encode(batch))) == 2
+    out, attentions = again.train().encode(batch, return_attention=True)
+    out[mask].sum().backward()
+    assert len(attentions) == 2
+
+
+@pytest.mark.parametrize("of", ["attention", "down"])
+def test_dropout_of_the_blocks(of):
+    "It acts on what attention adds and on what the feed-forward layer adds, while training."
+    batch = {"codes": torch.arange(5, 15).unsqueeze(0), "ages": torch.full((1, 10), 50), "visit_ids": torch.arange(10).unsqueeze(0), "attention_mask": torch.ones(1, 10, dtype=torch.bool)}
+    for rate in (0.0, 0.5):
+        model = encoder("bidirectional", dropout=rate)
+        model.embedding.dropout.p = 0.0
+        with torch.no_grad():  # the other branch adds nothing
+            for block in model.blocks:
+                for p in (block.down if of == "attention" else block.attention.output).parameters(): p.zero_()
+        assert torch.allclose(model.encode(batch), model.train().encode(batch), atol=1e-5) == (rate == 0)
+
+
+def test_attention_dropout():
+    "It acts while training, and in evaluation not."
+    batch = {"codes": torch.arange(5, 15).unsqueeze(0), "ages": torch.full((1, 10), 50), "visit_ids": torch.arange(10).unsqueeze(0), "attention_mask": torch.ones(1, 10, dtype=torch.bool)}
+    for rate in (0.0, 0.5):
+        model = encoder("bidirectional", dropout=0.0, attention_dropout=rate)
+        still, moving = model.encode(batch), model.train().encode(batch)
+        assert torch.allclose(still, moving, atol=1e-5) == (rate == 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_places_without_a_token_are_refused(packed):
+    "Padding, beyond the row, another number of rows: never another token's vector."
+    mask = torch.arange(6) < torch.tensor([[6], [2]])
+    batch = {"codes": torch.where(mask, 7, 0), "ages": torch.full((2, 6), 50), "visit_ids": torch.where(mask, 0, -1), "attention_mask": mask}
+    model = encoder("bidirectional", packed=packed)
+    assert model.encode(batch, positions=torch.tensor([[5, -1], [1, -1]])).shape == (2, 32)
+    assert model.encode(batch, positions=torch.full((2, 0), 0)).shape == (0, 32)
+    for places, wrong in (([[5], [2]], "1 of 2"), ([[6], [-1]], "1 of 1"), ([[5, 99], [5, 0]], "2 of 4")):
+        with pytest.raises(ValueError, match=f"positions: {wrong} are places without a token"): model.encode(batch, positions=torch.tensor(places))
+    with pytest.raises(ValueError, match="positions: expected shape"): model.encode(batch, positions=torch.tensor([[0]]))
+    with pytest.raises(TypeError, match="attention_mask: expected torch.bool"): model.encode(batch | {"attention_mask": mask.long()})
+    with pytest.raises(ValueError, match="has no ages"): model.encode({k: v for k, v in batch.items() if k != "ages"})
+    assert prepend_cls(batch)["codes"].shape == (2, 7)  # without times, which are optional
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_half_precision(dtype, packed):
+    "Autocast with padding, a row of one token, an empty row: finite outputs and gradients, near those of single precision. Weights in bfloat16 too."
+    mask = torch.arange(12) < torch.tensor([[12], [1], [0], [5]])
+    batch = {"codes": torch.where(mask, torch.randint(5, VOCABULARY, (4, 12)), 0), "ages": torch.where(mask, 50, 0), "visit_ids": torch.where(mask, torch.arange(12) // 2, -1), "times": torch.zeros(4, 12), "attention_mask": mask}
+    torch.manual_seed(0)
+    masked, model = MaskCodes(VOCABULARY, 0.5)(batch), BEHRTForMLM(BEHRTConfig(VOCABULARY, 16, 32, 2, 4, visit_heads=2, packed=packed, dropout=0.1))
+    single = model.eval().loss(model(masked), masked)[0].item()
+    with torch.autocast("cpu", dtype): low = model.loss(model(masked), masked)[0]
+    assert low.item() == pytest.approx(single, rel=0.02)
+    with torch.autocast("cpu", dtype): model.train().loss(model(masked), masked)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    if dtype == torch.bfloat16: assert model.to(dtype).behrt.encode(batch).dtype == dtype
 
 
 def test_every_projection_learns():

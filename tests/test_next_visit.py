@@ -327,6 +327,7 @@ def test_training_starts_at_the_base_rates(cohort):
     model, rates = BEHRTForNextVisitPrediction(BEHRTConfig.small(14)), next_visit_rates(cohort)
     batch = attach_next_visit(make_batch(cohort, range(60)), cohort)
     before = model.loss(model(batch), batch)[0].item()
+    assert BEHRTForNextVisitPrediction(BEHRTConfig.small(1000)).next_visit.bias.sigmoid().sum().item() == pytest.approx(5)  # untold, a visit holds a few codes
     model.start_from(rates)
     start, share, r = model.loss(model(batch), batch)[0].item(), next_visit_targets(batch, 14).double().mean(0)[5:], rates[5:].double().clamp(1e-6)
     entropy = -(share * r.log() + (1 - share) * (1 - r).log()).sum().item()
@@ -355,6 +356,8 @@ def test_errors_name_the_argument(cohort):
     for call, message in ((lambda: attach_next_visit(batch, cohort, "all"), "at: expected"), (lambda: attach_next_visit(batch, cohort, targets=np.ones(14)), "targets: expected a mask"),
                           (lambda: next_visit_loss(torch.zeros(1, 14), batch), "logits: expected a row"), (lambda: own_history(torch.ones(14), -1.0), "prior_visits"),
                           (lambda: hits_at_k(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), 1.5), "k: expected"), (lambda: BEHRTForPretraining(BEHRTConfig(14), -1.0), "mlm_weight"),
-                          (lambda: BEHRTForPretraining(BEHRTConfig(14), math.nan), "mlm_weight"), (lambda: target_codes(cohort.vocabulary, ["C*", "FACT"]), "exclude: leaves none")):
+                          (lambda: BEHRTForPretraining(BEHRTConfig(14), math.nan), "mlm_weight"), (lambda: target_codes(cohort.vocabulary, ["C*", "FACT"]), "exclude: leaves none"),
+                          (lambda: next_visit_loss(torch.zeros(1, 14), {}), "batch: has no next_mask"), (lambda: evaluate_next_visit(most_frequent(torch.ones(14)), [make_batch(cohort, [0])]), "batch: has no next_mask"),
+                          (lambda: BEHRTForPretraining(BEHRTConfig(14))(batch), "call `next_visit_logits`"), (lambda: draw_cuts(cohort, per_patient=1.5), "per_patient: expected a whole")):
         with pytest.raises(ValueError, match=message): call()
     assert UNK == 1 and not target_codes(cohort.vocabulary)[:5].any()

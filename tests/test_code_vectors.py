@@ -22,9 +22,9 @@ from transformers import (BertConfig, BertForMaskedLM, BertModel, BertTokenizer,
 from transformers.utils.logging import disable_progress_bar
 
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig
-from ehr_sequencing.code_vectors import (CEHRBERTWrapper, CodeVectors, concept_ids, freeze_codes, initialise_codes, match_codes, read_code_vectors, resize_vectors, vectors_from_npz, vectors_from_table,
-                                         vectors_from_word2vec)
+from ehr_sequencing.code_vectors import CEHRBERTWrapper, CodeVectors, read_code_vectors, vectors_from_npz, vectors_from_table, vectors_from_word2vec
 from ehr_sequencing.embeddings import BEHRTEmbedding
+from ehr_sequencing.initial_codes import concept_ids, freeze_codes, initialise_codes, match_codes, resize_vectors
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.omop import eunomia_path, read_omop
 from ehr_sequencing.vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary

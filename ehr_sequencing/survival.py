@@ -48,9 +48,9 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #d14f5ace
+# %% ../nbs/11_survival.ipynb #8bb6f0d5
 class SurvivalModel(SavedModel):
-    "Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K)."
+    "Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K). Raises `ValueError` for horizons that are no increasing positive days."
     question = ("horizons",)
 
     def __init__(self,
@@ -58,7 +58,10 @@ class SurvivalModel(SavedModel):
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
         **settings, # the other arguments of the subclass's constructor, JSON-able
     ):
-        horizons = None if horizons is None else tuple(float(h) for h in horizons)
+        if horizons is not None:
+            try: horizons = tuple(float(h) for h in horizons)
+            except (TypeError, ValueError): raise ValueError(f"horizons: expected increasing positive days, got {horizons!r}") from None
+            if not horizons or not all(a < b < float("inf") for a, b in zip((0.0, *horizons), horizons)): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
         super().__init__(config, horizons=horizons, **settings)
         self.horizons = horizons
 

@@ -104,7 +104,8 @@ def test_values_are_looked_at_where_it_is_free(monkeypatch):
     on_cpu = BEHRTEmbedding(20, 8)
     for _ in range(2):
         on_cpu(*[torch.zeros(2, 3, dtype=torch.int64)] * 3)
-        with pytest.raises(ValueError, match="codes: 1 of 6 lie outside 0..19"): on_cpu(torch.tensor([[0, 0, 20], [0, 0, 0]]), *[torch.zeros(2, 3, dtype=torch.int64)] * 2)
+        for outside in (20, -1):
+            with pytest.raises(ValueError, match="codes: 1 of 6 lie outside 0..19"): on_cpu(torch.tensor([[0, 0, outside], [0, 0, 0]]), *[torch.zeros(2, 3, dtype=torch.int64)] * 2)
     check_tokens(torch.tensor([[0, 99]]), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64), values=False, vocab_size=5)
     assert torch.isfinite(on_cpu(*[torch.zeros(2, 0, dtype=torch.int64)] * 3)).all()  # no token is no error
 

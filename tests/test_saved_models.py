@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig
-from ehr_sequencing.classification import BEHRTForSequenceClassification, ClassLabels, class_probabilities, classification_loss
+from ehr_sequencing.classification import BEHRTForSequenceClassification
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.masked_codes import BEHRTForMLM
 from ehr_sequencing.saved_models import SavedModel, vocabulary_moves

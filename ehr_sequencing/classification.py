@@ -15,18 +15,21 @@ from .behrt import BEHRT, BEHRTConfig, POOLINGS, pool_sequence, prepend_cls
 from .dropout import Dropout
 from .saved_models import SavedModel
 
-# %% ../nbs/07b_classification.ipynb #21e72c95
+# %% ../nbs/07b_classification.ipynb #93bcbe2c
 class ClassLabels:
-    "Adds `labels` to batches whose histories end at landmarks: a `transform` of `BatchLoader`."
+    "Adds `labels` to batches whose histories end at landmarks: a `transform` of `BatchLoader`. Raises `ValueError` for shapes that differ, two labels of one landmark, and rows or visits that are no indices, `TypeError` for labels that are no numbers."
     def __init__(self,
         rows, # (n,) rows of the store
         visits, # (n,) visit at which the question is asked, its index within the patient's history
         labels, # (n,) or (n, n_labels): integers, -100 where missing, or numbers and booleans, NaN where missing
     ):
-        rows, visits, labels = np.asarray(rows, dtype=np.int64), np.asarray(visits, dtype=np.int64), np.asarray(labels)
-        if not (rows.ndim == 1 and rows.shape == visits.shape == labels.shape[:1]): raise ValueError(f"labels: expected one row, visit and label for each landmark, got shapes {rows.shape}, {visits.shape} and {labels.shape}")
+        rows, visits, labels = np.asarray(rows), np.asarray(visits), np.asarray(labels)
+        if not (rows.ndim == 1 and rows.shape == visits.shape == labels.shape[:1] and labels.ndim < 3): raise ValueError(f"labels: expected one row, visit and label for each landmark, got shapes {rows.shape}, {visits.shape} and {labels.shape}")
+        if not len(rows): raise ValueError("labels: there are no landmarks")
+        for name, x in (("rows", rows), ("visits", visits)):
+            if x.dtype.kind not in "iu" or x.min() < 0: raise ValueError(f"{name}: expected integers from 0 on, got {x.dtype}{'' if x.dtype.kind not in 'iu' else ' with negative ones'}")
         if labels.dtype.kind not in "biuf": raise TypeError(f"labels: expected numbers or booleans, got {labels.dtype}. Number the classes from 0.")
-        places = (rows << 32) + visits
+        places = (rows.astype(np.int64) << 32) + visits.astype(np.int64)
         order = np.argsort(places)
         self.places, self.labels = places[order], labels[order].astype(np.int64 if labels.dtype.kind in "iu" else np.float32)
         if (np.diff(self.places) == 0).any(): raise ValueError("labels: two landmarks are at the same visit of the same patient; give one label for each")
@@ -42,9 +45,20 @@ class ClassLabels:
                              "Cut them where the question is asked: last_visits= of the loader, without random_end.")
         return batch | {"labels": torch.from_numpy(self.labels[found])}
 
-# %% ../nbs/07b_classification.ipynb #63b30da2
+# %% ../nbs/07b_classification.ipynb #100e324a
 PROBLEMS = ("binary", "multiclass", "multilabel")
 MISSING = -100 # integer label that is not known
+
+
+def _weights_of(class_weights, logits, problem):
+    "The weights of the classes beside the logits, or None. Raises `ValueError` for a problem, logits or weights that do not fit each other."
+    if problem not in PROBLEMS: raise ValueError(f"problem: expected one of {', '.join(PROBLEMS)}, got {problem!r}")
+    if logits.ndim != (1 if problem == "binary" else 2): raise ValueError(f"logits: expected shape {'(B,)' if problem == 'binary' else '(B, n_labels)'} for a {problem} problem, got {tuple(logits.shape)}")
+    if class_weights is None: return None
+    weights, n = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device), 1 if problem == "binary" else logits.shape[1]
+    if tuple(weights.shape) != (n,) and (weights.ndim or problem == "multiclass"): raise ValueError(f"class_weights: expected {n} number{'s' * (n > 1)}, got shape {tuple(weights.shape)}. Give them anew, or None for none.")
+    if not ((weights > 0) & weights.isfinite()).all(): raise ValueError("class_weights: expected positive numbers")
+    return weights
 
 
 def _known(logits, labels, problem):
@@ -67,9 +81,8 @@ def classification_loss(
     problem: str = "binary", # one of `PROBLEMS`
     class_weights=None, # weight of "yes", one number or one for each label; multiclass: of each class
 ) -> tuple: # scalar mean over the known labels, their number (0-dim tensor)
-    "Cross-entropy over the known labels; zero, still part of the graph, if none is known. Raises `ValueError` for labels that do not fit the problem."
-    known = _known(logits, labels, problem)
-    weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
+    "Cross-entropy over the known labels; zero, still part of the graph, if none is known. Raises `ValueError` for a problem, logits, labels or weights that do not fit each other."
+    weights, known = _weights_of(class_weights, logits, problem), _known(logits, labels, problem)
     if problem == "multiclass": total = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=MISSING, reduction="sum")
     else:
         answers = torch.where(known, labels, 0).to(logits.dtype)
@@ -77,29 +90,25 @@ def classification_loss(
     n = known.sum()
     return total / n.clamp(min=1), n
 
-# %% ../nbs/07b_classification.ipynb #54809aa2
+# %% ../nbs/07b_classification.ipynb #b1cf4392
 def class_probabilities(
     logits: Tensor, # (B,) or (B, n_labels)
     problem: str = "binary", # one of `PROBLEMS`
     class_weights=None, # with which the logits were trained
 ) -> Tensor: # the same shape; of a multiclass problem rows add up to 1
-    "Probabilities, with the weights of the classes divided out."
-    if class_weights is not None: logits = logits - torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device).log()
+    "Probabilities, with the weights of the classes divided out. Raises `ValueError` for a problem, logits or weights that do not fit each other."
+    weights = _weights_of(class_weights, logits, problem)
+    if weights is not None: logits = logits - weights.log()
     return logits.softmax(-1) if problem == "multiclass" else logits.sigmoid()
 
 
-def _check_classes(n_labels, problem, class_weights):
-    "Raise `ValueError` for a number of labels or weights that does not fit the problem."
-    if problem not in PROBLEMS: raise ValueError(f"problem: expected one of {', '.join(PROBLEMS)}, got {problem!r}")
+def _check_classes(n_labels, problem):
+    "Raise `ValueError` for a number of labels that does not fit the problem."
     least = 2 if problem == "multiclass" else 1
     if not isinstance(n_labels, int) or n_labels < least: raise ValueError(f"n_labels: expected an integer, at least {least} for a {problem} problem, got {n_labels!r}")
     if problem == "binary" and n_labels != 1: raise ValueError(f"n_labels: a binary problem has 1, got {n_labels}. Use problem='multiclass' for one of several, 'multilabel' for several at once.")
-    if class_weights is None: return
-    shape, values = np.shape(class_weights), np.asarray(class_weights, dtype=float)
-    if not (values > 0).all() or not np.isfinite(values).all(): raise ValueError("class_weights: expected positive numbers")
-    if shape != (n_labels,) and (shape or problem == "multiclass"): raise ValueError(f"class_weights: expected {n_labels} number{'s' * (n_labels > 1)}, got shape {shape}. Give them anew, or None for none.")
 
-# %% ../nbs/07b_classification.ipynb #3b533540
+# %% ../nbs/07b_classification.ipynb #d738f604
 class BEHRTForSequenceClassification(SavedModel):
     "BEHRT encoder, pooling, one linear layer. Give it histories that end at the landmark; `ClassLabels` sees to it."
     config_class, encoder, question = BEHRTConfig, "behrt", ("n_labels", "problem")
@@ -111,7 +120,8 @@ class BEHRTForSequenceClassification(SavedModel):
         pooling: str = "mean", # one of `POOLINGS`
         class_weights=None, # weight of "yes", one number or one for each label; multiclass: of each class
     ):
-        _check_classes(n_labels, problem, class_weights)
+        _check_classes(n_labels, problem)
+        _weights_of(class_weights, torch.empty((0,) if problem == "binary" else (0, n_labels)), problem)
         if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if pooling == "cls" and config.attention == "visit_causal": raise ValueError("pooling: with visit-causal attention [CLS] sees only itself; use attention='bidirectional', or pooling='mean'")
         if class_weights is not None: class_weights = np.asarray(class_weights, dtype=float).tolist()

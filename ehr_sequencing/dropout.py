@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/05_dropout.ipynb #8db97854
+# %% ../nbs/05_dropout.ipynb #04c04b61
 def dropout(
     x: Tensor, # any shape
     p: float, # probability of a zero, in [0, 1)
     training: bool = True, # with False, `x` comes back as it is
-) -> Tensor: # same shape
-    "Zero entries with probability `p` and rescale the others. Follows `torch.manual_seed`; on a CPU `p` is rounded to a multiple of 2**-16."
+) -> Tensor: # same shape and type
+    "Zero entries with probability `p` and rescale the others. Follows `torch.manual_seed`; on a CPU `p` is rounded to a multiple of 2**-16. Raises `ValueError` for a probability outside [0, 1)."
+    if not 0 <= p < 1: raise ValueError(f"p: expected a probability in [0, 1), got {p}")
     if not training or p == 0: return x
-    if x.device.type != "cpu": return F.dropout(x, p)
+    if x.device.type != "cpu" or torch.compiler.is_compiling(): return F.dropout(x, p)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)  # 64 random bits a word, four decisions
-    threshold = round(p * 2**16)
+    threshold = min(round(p * 2**16), 2**16 - 1)
     keep = words.view(torch.int16)[:x.numel()].view(x.shape) >= threshold - 2**15
-    return x * (keep * (1 / (1 - threshold / 2**16))).to(x.dtype)
+    return x * (keep.to(x.dtype) * (1 / (1 - threshold / 2**16)))
 
 
 class Dropout(nn.Module):

@@ -92,7 +92,7 @@ def _write(folder, config, tensors, tied, vocabulary):
     for name, text in texts.items():
         with whole_file(folder/name) as path: path.write_bytes(text.encode())
 
-# %% ../nbs/05b_saved_models.ipynb #a1ff59ab
+# %% ../nbs/05b_saved_models.ipynb #77af5051
 def _where_it_ends(path):
     "In which tensor a safetensors file ends too early, as far as its header says."
     size = path.stat().st_size
@@ -111,8 +111,8 @@ def _read_tensors(path, config):
     try:
         with safe_open(path, "pt") as file: tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError: raise ValueError(f"{path}: damaged, {_where_it_ends(path)}. Copy it again, or save the model again.") from None
-    try: digests, tied, of_config = (json.loads(metadata.get("ehr_sequencing", "{}")).get(key, other) for key, other in (("sha256", {}), ("tied", {}), ("config", None)))
-    except ValueError: raise ValueError(f"{path}: damaged, the notes in its header are no JSON. Copy it again, or save the model again.") from None
+    try: notes = json.loads(metadata.get("ehr_sequencing", "{}")); digests, tied, of_config = dict(notes.get("sha256", {})), dict(notes.get("tied", {})), notes.get("config")
+    except (ValueError, TypeError, AttributeError): raise ValueError(f"{path}: damaged, the notes in its header are no JSON of names. Copy it again, or save the model again.") from None
     if of_config is not None and of_config != _json_digest(config):
         raise ValueError(f"{path.with_name(CONFIG)}: is not the one that was saved with the weights. Copy the folder again; to change settings, name them: from_pretrained(folder, dropout=0.2).")
     for name in (*digests, *tied.values()):
@@ -120,7 +120,7 @@ def _read_tensors(path, config):
         if digests.get(name) != _digest(tensors[name]): raise ValueError(f"{path}: damaged, the tensor '{name}' is not the one that was written. Copy it again, or save the model again.")
     return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
-# %% ../nbs/05b_saved_models.ipynb #391b484f
+# %% ../nbs/05b_saved_models.ipynb #a8d82ad8
 def _read_config(path):
     "What `config.json` holds. Raises `FileNotFoundError` or `ValueError`."
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there. Is {path.parent} a saved model?")
@@ -143,6 +143,11 @@ def _check_free(folder):
         if not other and (folder/WEIGHTS).is_file(): return bool(_read_config(folder/CONFIG))
     except (FileNotFoundError, ValueError): pass
     raise FileExistsError(f"{folder}: holds '{(other or there)[0]}' and not just a model of this library, so it is left as it is. Choose another folder, or empty this one.")
+
+
+def _check_vocabulary(vocabulary):
+    "Raise `TypeError` for what is no vocabulary."
+    if not (vocabulary is None or isinstance(vocabulary, Vocabulary)): raise TypeError(f"vocabulary: expected a Vocabulary, got {type(vocabulary).__name__}. Pass the one of the store, store.vocabulary.")
 
 
 def _read_vocabulary(path, digest):
@@ -227,7 +232,7 @@ def _fill(model, tensors, source, old, new, path):
         if moves: mine[to_rows] = theirs[from_rows].to(mine)
         else: mine.copy_(theirs)
 
-# %% ../nbs/05b_saved_models.ipynb #765a5794
+# %% ../nbs/05b_saved_models.ipynb #bead3343
 def _find_class(base, name, path):
     "The class of this name among those derived from `base`. Raises `ValueError` if none is defined."
     below = lambda c: [c, *(d for s in c.__subclasses__() for d in below(s))]
@@ -262,6 +267,7 @@ def _place_codes(known, vocabulary, settings, folder):
 
 def _load(model_class, folder, vocabulary, changes):
     "What `SavedModel.from_pretrained` does, step by step."
+    _check_vocabulary(vocabulary)
     stored, path = _read_config(folder/CONFIG), folder/WEIGHTS
     tensors = _read_tensors(path, stored)
     if model_class.config_class is None: model_class = _find_class(model_class, stored["model"], folder/CONFIG)
@@ -279,7 +285,7 @@ def _load(model_class, folder, vocabulary, changes):
     model.loaded = Loaded(stored["model"], list(source), [n for n in model.state_dict() if n not in source], [n for n in tensors if n not in set(source.values())], **codes)
     return model.eval()
 
-# %% ../nbs/05b_saved_models.ipynb #58445cb0
+# %% ../nbs/05b_saved_models.ipynb #3b3fdf14
 class SavedModel(nn.Module):
     """Base of the models that are saved as folders. A subclass passes the arguments of its constructor on: `super().__init__(config, name=value, ...)`, all JSON-able.
 
@@ -312,8 +318,9 @@ class SavedModel(nn.Module):
     ):
         """Write `config.json`, `model.safetensors` and, if the codes are known, `vocabulary.json`: whole or not at all.
 
-        Raises `FileExistsError` for a folder that holds something else, `ValueError` for a vocabulary of another size."""
+        Raises `FileExistsError` for a folder that holds something else, `ValueError` for a vocabulary of another size, `TypeError` for what is no vocabulary."""
         folder, vocabulary = Path(folder).resolve(), self.vocabulary if vocabulary is None else vocabulary
+        _check_vocabulary(vocabulary)
         _check_free(folder)
         size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
         if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
@@ -331,5 +338,5 @@ class SavedModel(nn.Module):
         """Load what `save_pretrained` wrote. Of another class, or where the `question` changes, the encoder alone is taken; fresh parts are drawn from torch's generator.
 
         Called on a base class, it finds the class by its name. Raises `FileNotFoundError`, `ValueError` for damaged files, another architecture, unknown settings and vocabularies that cannot be matched, and `TypeError`
-        for changes that name no setting."""
+        for changes that name no setting and for what is no vocabulary."""
         return _load(cls, Path(folder), vocabulary, changes)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['survival_from_logits', 'risk_within', 'survival_loss', 'SurvivalModel', 'HazardHead', 'BEHRTForSurvival']
 
-# %% ../nbs/11_survival.ipynb #444a87f4
+# %% ../nbs/11_survival.ipynb #6a7fcbdb
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .aggregation import pool_visits
 from .behrt import BEHRT, BEHRTConfig
 from .losses import horizon_loss, survival_nll
+from .outcomes import check_horizons
 from .saved_models import SavedModel
 
 # %% ../nbs/11_survival.ipynb #c4c8bbc8
@@ -48,9 +49,9 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #d14f5ace
+# %% ../nbs/11_survival.ipynb #9ddcc05f
 class SurvivalModel(SavedModel):
-    "Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K)."
+    "Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K). Raises `ValueError` for horizons that are no increasing positive days."
     question = ("horizons",)
 
     def __init__(self,
@@ -58,7 +59,7 @@ class SurvivalModel(SavedModel):
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
         **settings, # the other arguments of the subclass's constructor, JSON-able
     ):
-        horizons = None if horizons is None else tuple(float(h) for h in horizons)
+        horizons = None if horizons is None else check_horizons(horizons)
         super().__init__(config, horizons=horizons, **settings)
         self.horizons = horizons
 

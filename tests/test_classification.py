@@ -74,12 +74,12 @@ def test_probabilities_are_true_where_the_weighted_loss_is_smallest(p, seed):
     z = (torch.tensor(weights) * p / (1 - p)).log().requires_grad_()
     sum(share[i] * classification_loss(z[i:i + 1], torch.tensor([y]), "binary", weights[i])[0] for i in range(len(p)) for y, share in ((1., p), (0., 1 - p))).backward()
     assert z.grad.abs().max() < 1e-9
-    assert torch.allclose(class_probabilities(z.detach(), "multilabel", weights.tolist()), p)
+    assert torch.allclose(class_probabilities(z.detach().unsqueeze(0), "multilabel", weights.tolist())[0], p)
     p = p / p.sum()
     z = (torch.tensor(weights) * p).log().requires_grad_()
     sum(p[k] * classification_loss(z.unsqueeze(0), torch.tensor([k]), "multiclass", weights.tolist())[0] for k in range(len(p))).backward()
     assert z.grad.abs().max() < 1e-9
-    assert torch.allclose(class_probabilities(z.detach(), "multiclass", weights.tolist()), p)
+    assert torch.allclose(class_probabilities(z.detach().unsqueeze(0), "multiclass", weights.tolist())[0], p)
 
 
 @settings(max_examples=100, deadline=None)

@@ -22,9 +22,9 @@ from transformers import (BertConfig, BertForMaskedLM, BertModel, BertTokenizer,
 from transformers.utils.logging import disable_progress_bar
 
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig
-from ehr_sequencing.code_vectors import (CEHRBERTWrapper, CodeVectors, concept_ids, freeze_codes, initialise_codes, match_codes, read_code_vectors, resize_vectors, vectors_from_npz, vectors_from_table,
-                                         vectors_from_word2vec)
+from ehr_sequencing.code_vectors import CEHRBERTWrapper, CodeVectors, read_code_vectors, vectors_from_npz, vectors_from_table, vectors_from_word2vec
 from ehr_sequencing.embeddings import BEHRTEmbedding
+from ehr_sequencing.initial_codes import concept_ids, freeze_codes, initialise_codes, match_codes, resize_vectors
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.omop import eunomia_path, read_omop
 from ehr_sequencing.vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
@@ -98,6 +98,8 @@ def test_a_line_with_a_number_too_many_is_never_a_code(tmp_path):
     with pytest.raises(ValueError, match="line 2: expected a code and 3 numbers \\(line 1 says so\\), got 1"): vectors_from_word2vec(tmp_path / "v.txt")
     (tmp_path / "v.txt").write_text("250\t3\n251\t4\n")
     assert vectors_from_word2vec(tmp_path / "v.txt").codes == ["250", "251"]
+    (tmp_path / "v.txt").write_bytes(b"\xef\xbb\xbfA 1 2\n")  # the mark that some programs of Windows begin with
+    assert vectors_from_word2vec(tmp_path / "v.txt").codes == ["A"]
     (tmp_path / "v.txt").write_text("type 2\t1 2\nB 3 4\n")  # a tab settles it
     assert vectors_from_word2vec(tmp_path / "v.txt").codes == ["type 2", "B"]
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ehr_sequencing.dropout import Dropout
 from ehr_sequencing.embeddings import AgeEmbedding, BEHRTEmbedding, PositionalEmbedding, SinusoidalPositionalEncoding, VisitEmbedding, check_tokens, time_features_of_tokens
 
 many = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -103,7 +104,8 @@ def test_values_are_looked_at_where_it_is_free(monkeypatch):
     on_cpu = BEHRTEmbedding(20, 8)
     for _ in range(2):
         on_cpu(*[torch.zeros(2, 3, dtype=torch.int64)] * 3)
-        with pytest.raises(ValueError, match="codes: 1 of 6 lie outside 0..19"): on_cpu(torch.tensor([[0, 0, 20], [0, 0, 0]]), *[torch.zeros(2, 3, dtype=torch.int64)] * 2)
+        for outside in (20, -1):
+            with pytest.raises(ValueError, match="codes: 1 of 6 lie outside 0..19"): on_cpu(torch.tensor([[0, 0, outside], [0, 0, 0]]), *[torch.zeros(2, 3, dtype=torch.int64)] * 2)
     check_tokens(torch.tensor([[0, 99]]), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64), values=False, vocab_size=5)
     assert torch.isfinite(on_cpu(*[torch.zeros(2, 0, dtype=torch.int64)] * 3)).all()  # no token is no error
 
@@ -118,6 +120,18 @@ def test_half_precision_and_compilation():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(*batch), expected)
     half = model.bfloat16()(*batch)
     assert half.dtype == torch.bfloat16 and (half.float() - expected).abs().max() < 0.08 and (half.float() - expected).square().mean().sqrt() < 0.012
+
+
+def test_dropout_in_half_precision_and_compiled():
+    "Dropout keeps the type, so that a model in bf16 trains; compiled without a break it drops as often."
+    torch.manual_seed(0)
+    batch = [torch.ones(4, 100, dtype=torch.int64)] * 3
+    out = BEHRTEmbedding(20, 32, dropout=0.25).bfloat16()(*batch)
+    assert out.dtype == torch.bfloat16 and 0.2 < (out == 0).float().mean() < 0.3
+    for layer in (Dropout(0.25), torch.compile(Dropout(0.25), backend="eager", fullgraph=True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = layer(torch.ones(40_000, dtype=dtype))
+            assert y.dtype == dtype and abs((y == 0).float().mean() - 0.25) < 0.01 and abs(y.max().float() - 4 / 3) < 0.01
 
 
 def test_parts_take_any_shape():

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig
-from ehr_sequencing.classification import BEHRTForSequenceClassification, ClassLabels, class_probabilities, classification_loss
+from ehr_sequencing.classification import BEHRTForSequenceClassification
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.masked_codes import BEHRTForMLM
 from ehr_sequencing.saved_models import SavedModel, vocabulary_moves
@@ -235,6 +236,13 @@ def test_damage_in_the_weights_names_the_tensor(saved, tmp_path_factory):
         for change, text in ((lambda d: d[:at] + bytes([d[at] ^ 64]) + d[at + 1:], f"'{name}' is not the one that was written"), (lambda d: d[:at + 1], f"it ends in the tensor '{name}'")):
             folder = spoil(saved, tmp_path_factory, "model.safetensors", change)
             with pytest.raises(ValueError, match=f"model.safetensors: damaged, .*{text}"): BEHRTForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("notes", ["[]", "3", "null", "{", '{"tied": [3]}', '{"sha256": [3]}', '{"tied": {"a": "b"}}', '{"sha256": {"a": "b"}}'])
+def test_notes_that_are_none_are_damage(saved, tmp_path, notes):
+    shutil.copytree(saved, tmp_path / "model")
+    save_file(load_file(saved / "model.safetensors"), tmp_path / "model" / "model.safetensors", metadata={"ehr_sequencing": notes})
+    with pytest.raises(ValueError, match="model.safetensors: damaged"): BEHRTForSequenceClassification.from_pretrained(tmp_path / "model")
 
 
 def test_files_of_two_models_are_not_mixed(tmp_path):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['pool_visits', 'assert_no_future_leakage']
 
-# %% ../nbs/07_aggregation.ipynb #d2d9105d
+# %% ../nbs/07_aggregation.ipynb #0068ee97
 import torch
 from torch import Tensor
 
+from .saved_models import evaluating
 from .vocabulary import UNK
 
 # %% ../nbs/07_aggregation.ipynb #1eebda4c
@@ -54,7 +55,7 @@ def _cut_after(inputs, t):
     cut = {name: inputs[name][:, :width].masked_fill(~keep[:, :width], -1 if name == "visit_ids" else 0) for name in _TOKEN_INPUTS}
     return cut | {name: inputs[name][:, :t + 1] for name in _VISIT_INPUTS if name in inputs}
 
-# %% ../nbs/07_aggregation.ipynb #1c2b67fe
+# %% ../nbs/07_aggregation.ipynb #074eae55
 def _compare(before, after, t, affected, tolerance, what):
     "Raise if outputs of the affected rows up to visit t differ by more than rounding."
     if after.shape[1] < t + 1: raise ValueError(f"model: with visits 0..{t} alone it gave outputs for {after.shape[1]} visits; expected {t + 1}")
@@ -79,13 +80,12 @@ def assert_no_future_leakage(
     inputs = {name: batch[name] for name in (*_TOKEN_INPUTS, *_VISIT_INPUTS) if name in batch}
     n_visits = inputs["sequence_mask"].shape[1] if "sequence_mask" in inputs else int(inputs["visit_ids"].max()) + 1
     if n_visits < 2: raise ValueError("batch: no row has two visits, so there is no future to leak")
-    generator, was_training = torch.Generator().manual_seed(seed), getattr(model, "training", False)
+    generator = torch.Generator().manual_seed(seed)
     tried = list(range(n_visits - 1))
     if len(tried) > max_checks:
         others = torch.randperm(n_visits - 1 - max_checks // 2, generator=generator)[:max_checks - max_checks // 2] + max_checks // 2
         tried = tried[:max_checks // 2] + sorted(others.tolist())
-    if was_training: model.eval()
-    try:
+    with evaluating(model):
         before = model(inputs)
         if before.shape[:2] != (len(inputs["codes"]), n_visits):
             raise ValueError(f"model: expected outputs of shape ({len(inputs['codes'])}, {n_visits}, ...), got {tuple(before.shape)}")
@@ -94,5 +94,3 @@ def assert_no_future_leakage(
             if not affected.any(): continue
             _compare(before, model(_scramble_after(inputs, t, generator)), t, affected, tolerance, "change")
             _compare(before, model(_cut_after(inputs, t)), t, affected, tolerance, "are removed")
-    finally:
-        if was_training: model.train()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'MISSING', 'ClassLabels', 'classification_loss', 'class_probabilities', 'BEHRTForSequenceClassification']
 
-# %% ../nbs/07b_classification.ipynb #6c3b0920
+# %% ../nbs/07b_classification.ipynb #ef66792e
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .behrt import BEHRT, BEHRTConfig, POOLINGS, pool_sequence, prepend_cls
 from .dropout import Dropout
-from .saved_models import SavedModel
+from .saved_models import SavedModel, evaluating
 
 # %% ../nbs/07b_classification.ipynb #93bcbe2c
 class ClassLabels:
@@ -108,7 +108,7 @@ def _check_classes(n_labels, problem):
     if not isinstance(n_labels, int) or n_labels < least: raise ValueError(f"n_labels: expected an integer, at least {least} for a {problem} problem, got {n_labels!r}")
     if problem == "binary" and n_labels != 1: raise ValueError(f"n_labels: a binary problem has 1, got {n_labels}. Use problem='multiclass' for one of several, 'multilabel' for several at once.")
 
-# %% ../nbs/07b_classification.ipynb #d738f604
+# %% ../nbs/07b_classification.ipynb #9c3c646d
 class BEHRTForSequenceClassification(SavedModel):
     "BEHRT encoder, pooling, one linear layer. Give it histories that end at the landmark; `ClassLabels` sees to it."
     config_class, encoder, question = BEHRTConfig, "behrt", ("n_labels", "problem")
@@ -146,7 +146,4 @@ class BEHRTForSequenceClassification(SavedModel):
     @torch.no_grad()
     def predict_probabilities(self, batch: dict) -> Tensor: # (B,) binary, (B, n_labels) otherwise
         "Probabilities in evaluation mode, with the weights of the classes divided out."
-        was_training = self.training
-        self.eval()
-        try: return class_probabilities(self(batch), self.problem, self.class_weights)
-        finally: self.train(was_training)
+        with evaluating(self): return class_probabilities(self(batch), self.problem, self.class_weights)

@@ -6,7 +6,7 @@
 __all__ = ['code_chapter', 'code_chapters', 'embedding_vectors', 'context_vectors', 'cosine_similarity', 'nearest_codes',
            'cooccurrence_vectors', 'ppmi_vectors', 'Purity', 'neighbour_purity', 'map_codes', 'plot_code_map']
 
-# %% ../nbs/16b_code_map.ipynb #29abc5b8
+# %% ../nbs/16b_code_map.ipynb #1722e29d
 import bisect
 import difflib
 import re
@@ -24,6 +24,7 @@ from torch import nn
 from .batches import BatchLoader
 from .masked_codes import BEHRTForMLM
 from .metrics import COLORS, MARKERS
+from .saved_models import evaluating
 from .sequences import SequenceStore, row_numbers
 from .vocabulary import SPECIAL_TOKENS, Vocabulary
 
@@ -67,7 +68,7 @@ def code_chapters(
     "The chapter of every token."
     return np.array([code_chapter(token) for token in vocabulary.tokens])
 
-# %% ../nbs/16b_code_map.ipynb #309bfd1f
+# %% ../nbs/16b_code_map.ipynb #993b5ac6
 def embedding_vectors(
     model, # a BEHRT, a model with one as `behrt`, an `nn.Embedding`, or an array (n, d)
     vocabulary: Vocabulary, # n tokens
@@ -88,9 +89,8 @@ def context_vectors(
     epochs: int = 1, # passes, each with other codes hidden
 ) -> np.ndarray: # (n, hidden_size) float64, centred; NaN for tokens that were never hidden
     "Mean vector from which the hidden occurrences of each code are guessed, less the mean over all occurrences."
-    sums, counts, was_training = 0, 0, model.training
-    model.eval()
-    try:
+    sums, counts = 0, 0
+    with evaluating(model):
         for epoch in range(epochs):
             loader.set_epoch(epoch)
             for batch in loader:
@@ -98,7 +98,6 @@ def context_vectors(
                 hidden, labels = model.behrt.encode(batch, positions=batch["masked_positions"]), batch["masked_labels"]  # (m, d)
                 chosen = nn.functional.one_hot(labels[labels >= 0], len(model.head.bias)).double()  # (m, n)
                 sums, counts = sums + chosen.T @ hidden.double(), counts + chosen.sum(0)
-    finally: model.train(was_training)
     means = sums / counts.unsqueeze(1) - sums.sum(0) / counts.sum()
     return means.cpu().numpy()
 

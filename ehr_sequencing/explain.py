@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'explained_score', 'HideCodes', 'history_until', 'code_laye
            'code_summary', 'attention_between_visits', 'attention_rollout', 'visit_attention', 'plot_visit_attention',
            'patient_effects', 'risk_path', 'plot_patient']
 
-# %% ../nbs/16c_explain.ipynb #cfa1ebcd
+# %% ../nbs/16c_explain.ipynb #52758077
 import contextlib
 from dataclasses import dataclass
 
@@ -19,20 +19,12 @@ from torch import Tensor, nn
 from .behrt import BEHRT
 from .masked_codes import hashed_uniform
 from .metrics import COLORS
+from .saved_models import evaluating
 from .survival import risk_within
 from .vocabulary import CLS, MASK, PAD, SEP, SPECIAL_TOKENS, Vocabulary
 
-# %% ../nbs/16c_explain.ipynb #d02984a1
+# %% ../nbs/16c_explain.ipynb #b76ff630
 SCALES = ("log_hazard", "log_odds", "risk")
-
-
-@contextlib.contextmanager
-def _evaluating(model):
-    "Evaluation mode for a while."
-    was_training = model.training
-    model.eval()
-    try: yield
-    finally: model.train(was_training)
 
 
 def _risks(model, batch, horizon, label):
@@ -175,7 +167,7 @@ def _explain_one(model, one, options, baseline, n_steps, tolerance, row):
         if abs(gap) <= tolerance * max(values.abs().sum().item(), 1e-6): return values, {"row": row, "landmark": one["sequence_mask"].shape[1] - 1, "score": score, "baseline": base, "gap": gap, "n_steps": steps}
     raise ValueError(f"n_steps: with {steps} points the attributions of row {row} miss the difference of scores by more than {tolerance:.1%} of the sum of their sizes. Raise n_steps")
 
-# %% ../nbs/16c_explain.ipynb #323486c8
+# %% ../nbs/16c_explain.ipynb #05f75964
 def attribute_codes(
     model: nn.Module, # `BEHRTForSurvival`, `SurvivalLSTM`, `BEHRTForSequenceClassification`, or another with `behrt` or `visit_encoder`
     batch: dict, # from `make_batch`
@@ -196,7 +188,7 @@ def attribute_codes(
     rows, (_, key) = range(len(batch["sequence_mask"])) if rows is None else [int(r) for r in rows], code_layer(model)
     if landmarks is not None and len(landmarks) != len(rows): raise ValueError(f"landmarks: expected one for each of the {len(rows)} rows, got {len(landmarks)}")
     tables, checks, options = [], [], {"horizon": horizon, "label": label, "scale": scale}
-    with _evaluating(model):
+    with evaluating(model):
         for row, landmark in zip(rows, [None] * len(rows) if landmarks is None else landmarks):
             one = history_until(batch, row, landmark)
             values, check = _explain_one(model, one, options, vocabulary.index[baseline], n_steps, tolerance, row)
@@ -211,7 +203,7 @@ def code_summary(
     summary = attributions.tokens.groupby("code").agg(name=("name", "first"), n=("attribution", "size"), patients=("row", "nunique"), mean=("attribution", "mean"), total=("attribution", "sum"))
     return summary.sort_values("mean", ascending=False)
 
-# %% ../nbs/16c_explain.ipynb #9f0a7eef
+# %% ../nbs/16c_explain.ipynb #0e2036f0
 def attention_between_visits(
     weights: Tensor, # (B, heads, L, L) attention between tokens
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
@@ -243,7 +235,7 @@ def visit_attention(
     encoder = getattr(model, "behrt", model)
     if not isinstance(encoder, BEHRT): raise ValueError(f"model: {type(model).__name__} has no BEHRT, so there is no attention to look at")
     if how not in ("mean", "each", "rollout"): raise ValueError(f"how: expected 'mean', 'each' or 'rollout', got {how!r}")
-    with _evaluating(model): _, attentions = encoder(*(batch[name] for name in _FLAT[:4]), batch.get("times"), return_attention=True)
+    with evaluating(model): _, attentions = encoder(*(batch[name] for name in _FLAT[:4]), batch.get("times"), return_attention=True)
     if how == "rollout": attentions = [attention_rollout(attentions).unsqueeze(1)]
     each = torch.stack([attention_between_visits(a, batch["visit_ids"], batch["sequence_mask"].shape[1]) for a in attentions], 1)  # (B, layers, heads, V, V)
     return each if how == "each" else each.mean((1, 2))
@@ -266,7 +258,7 @@ def plot_visit_attention(
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label="weight")
     return ax
 
-# %% ../nbs/16c_explain.ipynb #a11a0043
+# %% ../nbs/16c_explain.ipynb #6e97f6b4
 def patient_effects(
     attributions: Attributions, # of one patient, on the scale "log_hazard"
     n_codes: int = 4, # codes to name in each direction
@@ -287,7 +279,7 @@ def risk_path(
 ) -> np.ndarray: # (V,) risk after each visit
     "The risk after each visit of one patient, which knows the visits so far. Raises `ValueError` for a model that is no survival model."
     if not hasattr(model, "horizons"): raise ValueError(f"model: {type(model).__name__} has one answer for a whole history; a path of risks needs a survival model")
-    with _evaluating(model), torch.no_grad(): return _risks(model, one, horizon, 0)[0].cpu().numpy()
+    with evaluating(model), torch.no_grad(): return _risks(model, one, horizon, 0)[0].cpu().numpy()
 
 # %% ../nbs/16c_explain.ipynb #6225a930
 _UP, _DOWN = COLORS[2], COLORS[0]

@@ -8,9 +8,8 @@ __all__ = ['N_SPECIAL', 'KINDS', 'target_codes', 'attach_next_visit', 'next_visi
            'repeat_last_visit', 'own_history', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
            'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
 
-# %% ../nbs/07a_next_visit.ipynb #fca65158
+# %% ../nbs/07a_next_visit.ipynb #252c4210
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from .aggregation import pool_visits
 from .behrt import BEHRT, BEHRTConfig, need_keys
 from .masked_codes import CodeHead, masked_code_loss
-from .saved_models import SavedModel
+from .saved_models import SavedModel, evaluating
 from .sequences import SequenceStore, row_numbers
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, is_excluded, offsets_of
 
@@ -262,7 +261,7 @@ def own_history(
         return (counts + prior_visits * rates.to(counts.device)) / (visits[:, None] + prior_visits)
     return score
 
-# %% ../nbs/07a_next_visit.ipynb #00a0ff48
+# %% ../nbs/07a_next_visit.ipynb #2e1a5eab
 KINDS = ("all", "repeated", "new")
 
 
@@ -272,16 +271,6 @@ def _of_kind(kind, targets, had, candidates):
     if candidates == "kind" and kind != "all": listed = had.clone() if kind == "repeated" else ~had
     listed[:, :N_SPECIAL] = False
     return targets & (had if kind == "repeated" else ~had if kind == "new" else True), listed
-
-
-@contextmanager
-def _evaluating(module):
-    "A module in evaluation mode, and back as it was; anything else is left alone."
-    training = isinstance(module, nn.Module) and module.training
-    if training: module.eval()
-    try: yield
-    finally:
-        if training: module.train()
 
 
 @torch.no_grad()
@@ -299,7 +288,7 @@ def evaluate_next_visit(
     module = score if isinstance(score, nn.Module) else getattr(score, "__self__", None)
     device = next(module.parameters()).device if isinstance(module, nn.Module) else None
     sums, visits, asked = np.zeros((len(kinds), len(ks), 2)), np.zeros(len(kinds), dtype=int), 0
-    with _evaluating(module):
+    with evaluating(module):
         for batch in loader:
             need_keys(batch, "next_mask", "history_codes", "history_visits", remedy=_ATTACH)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -356,7 +345,7 @@ def _asked_visits(hidden, batch, attention):
         if seen.any(): raise ValueError(f"next_mask: asks at {int(seen.sum())} visits whose next one is in the input, where attention='bidirectional' sees it. Use attach_next_visit(..., at='end') or attention='visit_causal'")
     return pool_visits(hidden, batch["visit_ids"], mask.shape[1])[mask]
 
-# %% ../nbs/07a_next_visit.ipynb #c0047bca
+# %% ../nbs/07a_next_visit.ipynb #60a5e7de
 class NextVisitModel(SavedModel):
     "What models with a next-visit head share: an encoder `behrt`, a head `next_visit`, and what can be asked of them."
     config_class, encoder = BEHRTConfig, "behrt"
@@ -388,7 +377,7 @@ class NextVisitModel(SavedModel):
     ) -> Tensor: # (B, V, vocab_size) logits at every visit of the window
         "Logits at all visits, in evaluation mode: for the leak check, and for curves over visits. Raises `ValueError` with bidirectional attention."
         if self.config.attention == "bidirectional": raise ValueError("attention: 'bidirectional' sees every next visit but that after the last; use `predict_next`, or attention='visit_causal'")
-        with _evaluating(self):
+        with evaluating(self):
             visits = pool_visits(self.behrt.encode(batch), batch["visit_ids"], batch["sequence_mask"].shape[1])  # (B, V, d)
             return self.next_visit(visits, self.behrt.embedding.code.weight)
 
@@ -398,7 +387,7 @@ class NextVisitModel(SavedModel):
     ) -> Tensor: # (B, vocab_size) probability of each code in the visit after the window; 0 for special tokens
         "Probabilities of the codes of the next visit, in evaluation mode."
         at_end = batch["sequence_mask"] & ~F.pad(batch["sequence_mask"][:, 1:], (0, 1))  # (B, V) the last visit of each window
-        with _evaluating(self): p = self.next_visit_logits(batch | {"next_mask": at_end}).sigmoid()
+        with evaluating(self): p = self.next_visit_logits(batch | {"next_mask": at_end}).sigmoid()
         return torch.cat([torch.zeros_like(p[:, :N_SPECIAL]), p[:, N_SPECIAL:]], 1)
 
 # %% ../nbs/07a_next_visit.ipynb #a519e1f7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['survival_from_logits', 'risk_within', 'survival_loss', 'SurvivalModel', 'HazardHead', 'BEHRTForSurvival']
 
-# %% ../nbs/11_survival.ipynb #6a7fcbdb
+# %% ../nbs/11_survival.ipynb #c0279d36
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .aggregation import pool_visits
 from .behrt import BEHRT, BEHRTConfig
 from .losses import horizon_loss, survival_nll
 from .outcomes import check_horizons
-from .saved_models import SavedModel
+from .saved_models import SavedModel, evaluating
 
 # %% ../nbs/11_survival.ipynb #c4c8bbc8
 def survival_from_logits(
@@ -49,7 +49,7 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #9ddcc05f
+# %% ../nbs/11_survival.ipynb #8d3e41df
 class SurvivalModel(SavedModel):
     "Base of the models that emit hazards at every visit. `forward(batch)` gives logits, (B, V) or, with `horizons`, (B, V, K). Raises `ValueError` for horizons that are no increasing positive days."
     question = ("horizons",)
@@ -73,10 +73,7 @@ class SurvivalModel(SavedModel):
     @torch.no_grad()
     def _logits(self, batch):
         "Logits in evaluation mode."
-        was_training = self.training
-        self.eval()
-        try: return self(batch)
-        finally: self.train(was_training)
+        with evaluating(self): return self(batch)
 
     def predict_hazards(self, batch: dict) -> Tensor: # same shape as the logits, in (0, 1)
         "Hazards of every visit."

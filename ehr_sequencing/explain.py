@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'explained_score', 'HideCodes', 'history_until', 'code_laye
            'code_summary', 'attention_between_visits', 'attention_rollout', 'visit_attention', 'plot_visit_attention',
            'patient_effects', 'risk_path', 'plot_patient']
 
-# %% ../nbs/16c_explain.ipynb #52758077
+# %% ../nbs/16c_explain.ipynb #fa6630db
 import contextlib
 from dataclasses import dataclass
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .behrt import BEHRT
+from .classification import class_probabilities
 from .masked_codes import hashed_uniform
 from .metrics import COLORS
 from .saved_models import evaluating
 from .survival import risk_within
 from .vocabulary import CLS, MASK, PAD, SEP, SPECIAL_TOKENS, Vocabulary
 
-# %% ../nbs/16c_explain.ipynb #b76ff630
+# %% ../nbs/16c_explain.ipynb #eab3337f
 SCALES = ("log_hazard", "log_odds", "risk")
 
 
@@ -32,7 +33,7 @@ def _risks(model, batch, horizon, label):
     logits = model(batch)
     if not hasattr(model, "horizons"):
         z = logits.reshape(len(logits), -1)  # (B, n_labels)
-        return (z.softmax(-1) if getattr(model, "problem", None) == "multiclass" else z.sigmoid())[:, label]
+        return class_probabilities(z, "multiclass" if getattr(model, "problem", None) == "multiclass" else "multilabel", getattr(model, "class_weights", None))[:, label]
     if model.horizons is not None: return risk_within(logits, model.horizons, model.horizons[-1] if horizon is None else horizon)[..., 0]
     if horizon is not None: raise ValueError("horizon: this model has hazards per visit and no calendar; leave it out to explain the hazard after the landmark")
     return logits.sigmoid()
@@ -203,7 +204,7 @@ def code_summary(
     summary = attributions.tokens.groupby("code").agg(name=("name", "first"), n=("attribution", "size"), patients=("row", "nunique"), mean=("attribution", "mean"), total=("attribution", "sum"))
     return summary.sort_values("mean", ascending=False)
 
-# %% ../nbs/16c_explain.ipynb #0e2036f0
+# %% ../nbs/16c_explain.ipynb #63ec4287
 def attention_between_visits(
     weights: Tensor, # (B, heads, L, L) attention between tokens
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
@@ -235,7 +236,7 @@ def visit_attention(
     encoder = getattr(model, "behrt", model)
     if not isinstance(encoder, BEHRT): raise ValueError(f"model: {type(model).__name__} has no BEHRT, so there is no attention to look at")
     if how not in ("mean", "each", "rollout"): raise ValueError(f"how: expected 'mean', 'each' or 'rollout', got {how!r}")
-    with evaluating(model): _, attentions = encoder(*(batch[name] for name in _FLAT[:4]), batch.get("times"), return_attention=True)
+    with evaluating(model): _, attentions = encoder.encode(batch, return_attention=True)
     if how == "rollout": attentions = [attention_rollout(attentions).unsqueeze(1)]
     each = torch.stack([attention_between_visits(a, batch["visit_ids"], batch["sequence_mask"].shape[1]) for a in attentions], 1)  # (B, layers, heads, V, V)
     return each if how == "each" else each.mean((1, 2))

@@ -14,6 +14,7 @@ from torch import nn
 
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.behrt import BEHRT, BEHRTConfig, prepend_cls, visit_attention_mask
+from ehr_sequencing.classification import BEHRTForSequenceClassification
 from ehr_sequencing.explain import (HideCodes, attention_between_visits, attention_rollout, attribute_codes, code_layer, code_summary, explained_score, history_until, patient_effects, plot_patient, risk_path,
                                     visit_attention)
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
@@ -253,3 +254,13 @@ def test_figures_of_patients(store, kind):
         cut = make_batch(store, [int(batch["rows"][row])], [int(batch["first_visits"][row]) + v], max_tokens=60)
         if cut["first_visits"][0] == batch["first_visits"][row]: assert math.isclose(path[v], explained_score(model, cut, scale="risk").item(), rel_tol=1e-4)
     plt.close("all")
+
+
+@pytest.mark.parametrize("problem, n_labels, weights", [("binary", 1, 5.0), ("multiclass", 3, [1.0, 4.0, 0.5]), ("multilabel", 2, [2.0, 7.0])])
+def test_what_is_explained_is_what_is_predicted(store, problem, n_labels, weights):
+    "A classifier that was trained with weights for its classes is explained with the weights divided out, as it predicts."
+    model = BEHRTForSequenceClassification(BEHRTConfig(len(store.vocabulary), 16, 32, 1, 2, attention="bidirectional"), n_labels, problem, class_weights=weights).eval()
+    batch = make_batch(store, range(6))
+    predicted = model.predict_probabilities(batch).reshape(6, -1)
+    for label in range(predicted.shape[1]):
+        with torch.no_grad(): torch.testing.assert_close(explained_score(model, batch, label=label, scale="risk"), predicted[:, label])

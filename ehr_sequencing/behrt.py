@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'head_masks', 'TokenGrid', 'WholeGrid',
            'SelfAttention', 'grid_attention', 'EncoderBlock', 'packed_attention', 'need_keys', 'BEHRT',
-           'count_parameters', 'pool_sequence', 'prepend_cls']
+           'count_parameters', 'pool_sequence', 'prepend_cls', 'check_pooling', 'encode_histories']
 
 # %% ../nbs/06_behrt.ipynb #1f7f8e1b
 import dataclasses
@@ -380,3 +380,22 @@ def prepend_cls(
     front = {"codes": CLS, "visit_ids": -1, "attention_mask": True}
     first = {name: torch.full_like(batch[name][:, :1], front[name]) if name in front else batch[name][:, :1] for name in ("codes", "ages", "visit_ids", "times", "attention_mask") if name in batch}
     return batch | {name: torch.cat([column, batch[name]], 1) for name, column in first.items()}
+
+# %% ../nbs/06_behrt.ipynb #b1c31714
+def check_pooling(
+    pooling: str, # one of `POOLINGS`
+    attention: str, # of the encoder
+):
+    "Raise `ValueError` for an unknown `pooling`, and for \"cls\" where `[CLS]` sees itself alone."
+    if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if pooling == "cls" and attention != "bidirectional": raise ValueError("pooling: 'cls' needs attention='bidirectional', since with visit-causal attention [CLS] sees only itself; use 'mean'")
+
+
+def encode_histories(
+    encoder: BEHRT, # encoder
+    batch: dict, # from `make_batch`
+    pooling: str = "mean", # one of `POOLINGS`; "cls" puts `[CLS]` in front where it is not there
+) -> Tensor: # (B, hidden_size)
+    "One vector for each history. Raises as `encode` and `pool_sequence`."
+    if pooling == "cls" and "codes" in batch and not (batch["codes"][:, 0] == CLS).all(): batch = prepend_cls(batch)
+    return pool_sequence(encoder.encode(batch), batch["attention_mask"], pooling)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'MISSING', 'ClassLabels', 'classification_loss', 'class_probabilities', 'BEHRTForSequenceClassification']
 
-# %% ../nbs/07b_classification.ipynb #ef66792e
+# %% ../nbs/07b_classification.ipynb #ba6b6c0a
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .behrt import BEHRT, BEHRTConfig, POOLINGS, pool_sequence, prepend_cls
+from .behrt import BEHRT, BEHRTConfig, check_pooling, encode_histories
 from .dropout import Dropout
 from .saved_models import SavedModel, evaluating
 
@@ -108,7 +108,7 @@ def _check_classes(n_labels, problem):
     if not isinstance(n_labels, int) or n_labels < least: raise ValueError(f"n_labels: expected an integer, at least {least} for a {problem} problem, got {n_labels!r}")
     if problem == "binary" and n_labels != 1: raise ValueError(f"n_labels: a binary problem has 1, got {n_labels}. Use problem='multiclass' for one of several, 'multilabel' for several at once.")
 
-# %% ../nbs/07b_classification.ipynb #9c3c646d
+# %% ../nbs/07b_classification.ipynb #8276956f
 class BEHRTForSequenceClassification(SavedModel):
     "BEHRT encoder, pooling, one linear layer. Give it histories that end at the landmark; `ClassLabels` sees to it."
     config_class, encoder, question = BEHRTConfig, "behrt", ("n_labels", "problem")
@@ -122,8 +122,7 @@ class BEHRTForSequenceClassification(SavedModel):
     ):
         _check_classes(n_labels, problem)
         _weights_of(class_weights, torch.empty((0,) if problem == "binary" else (0, n_labels)), problem)
-        if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-        if pooling == "cls" and config.attention == "visit_causal": raise ValueError("pooling: with visit-causal attention [CLS] sees only itself; use attention='bidirectional', or pooling='mean'")
+        check_pooling(pooling, config.attention)
         if class_weights is not None: class_weights = np.asarray(class_weights, dtype=float).tolist()
         super().__init__(config, n_labels=n_labels, problem=problem, pooling=pooling, class_weights=class_weights)
         self.problem, self.pooling, self.class_weights = problem, pooling, class_weights
@@ -131,9 +130,7 @@ class BEHRTForSequenceClassification(SavedModel):
 
     def forward(self, batch: dict) -> Tensor: # logits: (B,) binary, (B, n_labels) otherwise
         "Logits of the histories of a batch, each read whole: cut them at the landmark."
-        if self.pooling == "cls": batch = prepend_cls(batch)
-        patients = pool_sequence(self.behrt.encode(batch), batch["attention_mask"], self.pooling)  # (B, hidden_size)
-        logits = self.head(self.dropout(patients))  # (B, n_labels)
+        logits = self.head(self.dropout(encode_histories(self.behrt, batch, self.pooling)))  # (B, n_labels)
         return logits.squeeze(-1) if self.problem == "binary" else logits
 
     def loss(self,

@@ -230,7 +230,7 @@ def neighbour_purity(
     low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
     return Purity(each.mean(), low, high, chance.mean(), np.quantile(chance, 0.975), (1 + (chance >= each.mean() - 1e-12).sum()) / (1 + n_permutations), len(codes))
 
-# %% ../nbs/16b_code_map.ipynb #b9e8821b
+# %% ../nbs/16b_code_map.ipynb #27318818
 def map_codes(
     vectors: np.ndarray, # (n, d), n tokens; special tokens first
     method: str = "tsne", # or "pca"
@@ -248,7 +248,7 @@ def map_codes(
     points[there] = to_plane.fit_transform(unit)
     return points
 
-
+# %% ../nbs/16b_code_map.ipynb #057bfe14
 _SHAPES = (*MARKERS, "P", "X", "<", "*", ">", "p", "h")  # told apart without colour
 
 

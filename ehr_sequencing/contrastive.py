@@ -6,7 +6,7 @@
 __all__ = ['drop_tokens', 'two_views', 'TwoViews', 'nt_xent_loss', 'alignment', 'uniformity', 'view_retrieval',
            'BEHRTForContrastive']
 
-# %% ../nbs/07c_contrastive.ipynb #0aa54dfc
+# %% ../nbs/07c_contrastive.ipynb #2c7dd57f
 import math
 
 import numpy as np
@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .behrt import POOLINGS, BEHRT, BEHRTConfig, need_keys, pool_sequence, prepend_cls
+from .behrt import BEHRT, BEHRTConfig, check_pooling, encode_histories, need_keys
 from .saved_models import SavedModel
-from .vocabulary import CLS
 
 # %% ../nbs/07c_contrastive.ipynb #a5137eb4
 _FLAT = {"codes": 0, "ages": 0, "visit_ids": -1, "times": 0, "attention_mask": False}  # keys of a view and what padding holds
@@ -150,7 +149,7 @@ def view_retrieval(
     among = cosines.masked_fill(~others, -math.inf)
     return ((among > partner).sum(1).eq(0) / (1 + (among == partner).sum(1))).mean().item()
 
-# %% ../nbs/07c_contrastive.ipynb #19ba0179
+# %% ../nbs/07c_contrastive.ipynb #f4448537
 class BEHRTForContrastive(SavedModel):
     "BEHRT encoder, pooled over the record, with a projection for NT-Xent. Batches come from `TwoViews`. Raises `ValueError` for settings that make no sense."
     config_class, encoder = BEHRTConfig, "behrt"
@@ -162,8 +161,7 @@ class BEHRTForContrastive(SavedModel):
         temperature: float = 0.1, # tau
     ):
         super().__init__(config, projection_size=projection_size, pooling=pooling, temperature=temperature)
-        if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-        if pooling == "cls" and config.attention != "bidirectional": raise ValueError("pooling: 'cls' needs attention='bidirectional', since [CLS] stands before all visits and sees none of them otherwise; use 'mean'")
+        check_pooling(pooling, config.attention)
         if not temperature > 0: raise ValueError(f"temperature: expected a number above 0, got {temperature}")
         if not isinstance(projection_size, int) or projection_size < 1: raise ValueError(f"projection_size: expected a positive integer, got {projection_size!r}")
         self.pooling, self.temperature = pooling, temperature
@@ -174,8 +172,7 @@ class BEHRTForContrastive(SavedModel):
         batch: dict, # from `make_batch` or `TwoViews`
     ) -> Tensor: # (B, hidden_size)
         "One vector for each history."
-        if self.pooling == "cls" and not (batch["codes"][:, 0] == CLS).all(): batch = prepend_cls(batch)
-        return pool_sequence(self.behrt.encode(batch), batch["attention_mask"], self.pooling)
+        return encode_histories(self.behrt, batch, self.pooling)
 
     def forward(self,
         batch: dict, # of `TwoViews`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_SPECIAL', 'KINDS', 'target_codes', 'attach_next_visit', 'next_visit_targets', 'codes_so_far', 'draw_cuts',
            'next_visit_rates', 'next_visit_loss', 'hits_at_k', 'recall_at_k', 'precision_at_k', 'most_frequent',
-           'repeat_last_visit', 'own_history', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
+           'repeat_last_visit', 'own_history', 'of_kind', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
            'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
 
 # %% ../nbs/07a_next_visit.ipynb #252c4210
@@ -261,11 +261,16 @@ def own_history(
         return (counts + prior_visits * rates.to(counts.device)) / (visits[:, None] + prior_visits)
     return score
 
-# %% ../nbs/07a_next_visit.ipynb #2e1a5eab
+# %% ../nbs/07a_next_visit.ipynb #0d55700b
 KINDS = ("all", "repeated", "new")
 
 
-def _of_kind(kind, targets, had, candidates):
+def of_kind(
+    kind: str, # one of `KINDS`
+    targets: Tensor, # (n, vocab_size) bool, of `next_visit_targets`
+    had: Tensor, # (n, vocab_size) bool, of `codes_so_far`
+    candidates: str = "kind", # as for `evaluate_next_visit`
+) -> tuple: # two (n, vocab_size) bool
     "Targets of a kind, and the codes among which they are ranked."
     listed = torch.ones_like(targets)
     if candidates == "kind" and kind != "all": listed = had.clone() if kind == "repeated" else ~had
@@ -296,7 +301,7 @@ def evaluate_next_visit(
             targets, had = next_visit_targets(batch, scores.shape[1]), codes_so_far(batch, scores.shape[1])
             asked += len(targets)
             for i, kind in enumerate(kinds):
-                wanted, listed = _of_kind(kind, targets, had, candidates)
+                wanted, listed = of_kind(kind, targets, had, candidates)
                 some = wanted.any(1)
                 visits[i] += int(some.sum())
                 for j, k in enumerate(ks):

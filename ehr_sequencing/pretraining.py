@@ -8,7 +8,7 @@ __all__ = ['OBJECTIVES', 'masked_places', 'scores_on', 'masked_hits', 'masked_ac
            'pretraining_loader', 'recommended_config', 'pretraining_model', 'pretrain', 'plot_accuracy',
            'compare_next_visit']
 
-# %% ../nbs/16a_pretraining.ipynb #c22acda0
+# %% ../nbs/16a_pretraining.ipynb #e316523f
 import math
 from functools import partial
 
@@ -22,8 +22,8 @@ from .bootstrap import Bootstrap, bootstrap
 from .contrastive import BEHRTForContrastive, TwoViews
 from .masked_codes import BEHRTForMLM, MaskCodes, masked_code_loss, token_rates
 from .metrics import COLORS
-from .next_visit import (N_SPECIAL, BEHRTForNextVisitPrediction, BEHRTForPretraining, attach_next_visit, codes_so_far, hits_at_k,
-                                       next_visit_rates, next_visit_targets)
+from .next_visit import (KINDS, N_SPECIAL, BEHRTForNextVisitPrediction, BEHRTForPretraining, attach_next_visit, codes_so_far, hits_at_k,
+                                       next_visit_rates, next_visit_targets, of_kind)
 from .saved_models import evaluating
 from .sequences import SequenceStore, row_numbers
 from .training import Trainer, to_device
@@ -305,7 +305,7 @@ def plot_accuracy(
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
-# %% ../nbs/16a_pretraining.ipynb #378095bc
+# %% ../nbs/16a_pretraining.ipynb #e8e9d002
 @torch.no_grad()
 def compare_next_visit(
     scores: dict, # name -> score function: batch -> (n, vocab_size)
@@ -319,13 +319,13 @@ def compare_next_visit(
     with evaluating(*scores.values()):
         for batch in loader:
             patients = batch["rows"].unsqueeze(1).expand_as(batch["next_mask"])[batch["next_mask"]]  # (n,)
-            for name, score in scores.items():
-                said = scores_on(score, batch)
-                targets, had = (of(batch, said.shape[1]) for of in (next_visit_targets, codes_so_far))
-                codes = (torch.arange(said.shape[1]) >= N_SPECIAL).expand_as(had)
-                for kind, wanted, listed in (("all", targets, codes), ("repeated", targets & had, codes & had), ("new", targets & ~had, codes & ~had)):
+            said = {name: scores_on(score, batch) for name, score in scores.items()}  # each (n, vocab_size)
+            targets, had = (of(batch, next(iter(said.values())).shape[1]) for of in (next_visit_targets, codes_so_far))
+            asked = {kind: of_kind(kind, targets, had) for kind in KINDS}
+            for name in scores:
+                for kind, (wanted, listed) in asked.items():
                     some = wanted.any(1)
-                    hits = hits_at_k(said[some], wanted[some], k, listed[some]).double()
+                    hits = hits_at_k(said[name][some], wanted[some], k, listed[some]).double()
                     for measure, value in (("recall", hits / wanted[some].sum(1)), ("precision", hits / k)):
                         values.setdefault(f"{name}, {kind}, {measure}", []).append((patients[some], value))
     values = {name: tuple(torch.cat(part).numpy() for part in zip(*parts)) for name, parts in values.items()}

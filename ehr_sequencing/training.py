@@ -64,7 +64,7 @@ def make_accelerator(
         raise ValueError(f"device: this process already trains on {accelerator.device.type} and cannot change to {device}; start a new one")
     return accelerator
 
-# %% ../nbs/16_training.ipynb #2b658a2e
+# %% ../nbs/16_training.ipynb #5e2842a3
 def to_device(
     batch: dict, # of tensors
     device, # torch device
@@ -113,7 +113,7 @@ def mean_over_units(
     if not weight: raise ValueError(f"{where}: nothing to predict in any batch (no patient at risk, no masked code, no next visit), so there is no loss. Give other patients")
     return sum(loss * w for loss, w in parts) / weight
 
-
+# %% ../nbs/16_training.ipynb #31e81dc2
 @torch.no_grad()
 def mean_loss(
     model: nn.Module, # with `forward(batch)` and `loss(outputs, batch)`
@@ -152,7 +152,7 @@ def train_step(
     optimizer.step()
     return mean_over_units(parts, where), units
 
-# %% ../nbs/16_training.ipynb #603afa6c
+# %% ../nbs/16_training.ipynb #2d3a70dc
 class Trainer:
     "Fit a model; afterwards it holds the weights of the epoch with the lowest validation loss."
     def __init__(self,
@@ -199,16 +199,15 @@ class Trainer:
         "Train until the epochs are over or the validation loss stops improving; restore the best weights. Once for each `Trainer`."
         if self.history: raise ValueError("fit: this Trainer has already been used; make a new one to train further")
         torch.manual_seed(self.seed)
-        progress, best, best_state, since = Progress(self.epochs, self.label, self.show_progress), math.inf, None, 0
+        progress, best, best_epoch, best_state = Progress(self.epochs, self.label, self.show_progress), math.inf, 0, None
         for epoch in range(self.epochs):
             began = time.perf_counter()
             row = {"epoch": epoch, "train_loss": self._train_epoch(epoch), "validation_loss": mean_loss(self.model, self.validation, self.accelerator.device),
                    "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began}
             self.history.append(row | (self.after_epoch(self.model) if self.after_epoch else {}))
             progress.step(f"loss {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}")
-            if row["validation_loss"] < best: best, since, best_state = row["validation_loss"], 0, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-            else: since += 1
-            if since >= self.patience: break
+            if row["validation_loss"] < best: best, best_epoch, best_state = row["validation_loss"], epoch, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            if epoch - best_epoch >= self.patience: break
         progress.close()
         self.model.load_state_dict(best_state)
         self.model.eval()

@@ -6,7 +6,7 @@
 __all__ = ['Stages', 'StageEnds', 'stage_ends', 'ProgressionLabels', 'label_progression', 'attach_progression',
            'ProgressionOutput', 'ProgressionLoss', 'progression_loss', 'ProgressionModel', 'BEHRTForProgression']
 
-# %% ../nbs/11b_progression.ipynb #e5d4a26c
+# %% ../nbs/11b_progression.ipynb #017bbfb3
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aggregation import pool_visits
+from .aggregation import check_visits, pool_visits
 from .behrt import BEHRT, BEHRTConfig
 from .events import EventTable
 from .horizons import attach_labels
+from .landmarks import Landmarks
 from .losses import compute_masked_loss, horizon_loss
 from .outcomes import Outcome, PatientEnds, VisitLabels, flow_frame, labels_of_ends, patient_ends
 from .saved_models import evaluating
 from .sequences import SequenceStore
-from .survival import HazardHead, SurvivalModel
+from .survival import HazardHead, SurvivalModel, check_direction, landmark_outputs
 
 # %% ../nbs/11b_progression.ipynb #83b4558d
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def stage_ends(
     found = vars(of_stage[0]) | {"outcome": stages.outcome(1, prevalent="include", **options), "event_rows": rows, "event_days": days[rows, at]}
     return StageEnds(**found, stage_days=days, onset=onset)
 
-# %% ../nbs/11b_progression.ipynb #e56a043d
+# %% ../nbs/11b_progression.ipynb #2eb2269b
 @dataclass
 class ProgressionLabels(VisitLabels):
     "Labels of every visit of a store: the wait for a higher stage, and the stage to come. Make them with `label_progression`."
@@ -132,7 +133,7 @@ def label_progression(
     base = labels_of_ends(store, ends, horizons, table.n_patients)
     rows, days = np.repeat(np.arange(len(store)), store.n_visits), store.visit_known.astype("datetime64[D]")
     then = days + np.timedelta64(int(stage_horizon), "D")
-    known = base.at_risk & (np.fmin(ends.censoring_days, ends.observation_ends)[rows] >= then)
+    known = base.at_risk & (np.fmin(np.fmin(ends.censoring_days, ends.competing_days), ends.observation_ends)[rows] >= then)
     labels = ProgressionLabels(**vars(base), stages=ends.stage_on(rows, days), future_stages=ends.stage_on(rows, then), stage_known=known, stage_horizon=stage_horizon)
     labels.flow, labels.visit_flow = _progression_flow(store, labels, table.n_patients, rows)
     return labels
@@ -196,23 +197,24 @@ def progression_loss(
     stage = (values * weights[known].to(values.dtype)).sum() / n
     return ProgressionLoss(progression + stage_weight * stage, progression, stage, n)
 
-# %% ../nbs/11b_progression.ipynb #fc0fb847
+# %% ../nbs/11b_progression.ipynb #2cf9bd4a
 class ProgressionModel(SurvivalModel):
     "Base of the models of stages. A subclass builds its encoder, calls `make_heads`, and defines `encode_visits(batch) -> (B, V, d)`. Raises `ValueError` for sizes that make no sense."
-    question = ("n_stages", "horizons")
+    question = ("n_stages", "horizons", "stage_horizon")
 
     def __init__(self,
         config, # sizes, of the subclass's `config_class`
         n_stages: int, # S
         horizons, # increasing days: ends of the calendar bins of the wait for a higher stage
+        stage_horizon: int = 730, # days after which the stage to come is looked at, as in the labels
         stage_weight: float = 1.0, # of the stage to come in the loss
         **settings, # the other arguments of the subclass's constructor, JSON-able
     ):
         if not isinstance(n_stages, int) or n_stages < 1: raise ValueError(f"n_stages: expected a positive integer, got {n_stages!r}")
         if not 0 <= stage_weight < float("inf"): raise ValueError(f"stage_weight: expected a finite number of 0 or more, got {stage_weight}")
         if horizons is None: raise ValueError("horizons: expected increasing positive days, got None; the wait for a stage is measured on the calendar")
-        super().__init__(config, horizons, n_stages=n_stages, stage_weight=stage_weight, **settings)
-        self.n_stages, self.stage_weight = n_stages, float(stage_weight)
+        super().__init__(config, horizons, n_stages=n_stages, stage_horizon=stage_horizon, stage_weight=stage_weight, **settings)
+        self.n_stages, self.stage_horizon, self.stage_weight = n_stages, stage_horizon, float(stage_weight)
 
     def make_heads(self,
         hidden_size: int, # d, of the vectors of visits
@@ -223,7 +225,8 @@ class ProgressionModel(SurvivalModel):
         self.stage_head = HazardHead(hidden_size, self.n_stages + 1, dropout, initial_hazard=0.5)  # 0.5: logits around 0
 
     def forward(self, batch: dict) -> ProgressionOutput: # logits at every visit
-        "Logits of the stage to come and of the hazards of a higher one."
+        "Logits of the stage to come and of the hazards of a higher one. Raises `ValueError` for patients without a visit."
+        check_visits(batch["sequence_mask"])
         visits = self.encode_visits(batch)  # (B, V, d)
         return ProgressionOutput(self.stage_head(visits), self.head(visits))
 
@@ -241,23 +244,34 @@ class ProgressionModel(SurvivalModel):
         with evaluating(self): return self(batch).progression_logits
 
     @torch.no_grad()
-    def predict_stage(self, batch: dict) -> Tensor: # (B, V, S + 1), each adds up to 1
-        "Probabilities of the stage to come, at every visit."
-        with evaluating(self): return self(batch).stage_logits.softmax(-1)
+    def predict_stage(self,
+        landmark, # `Landmarks` at visits, or a batch: every visit
+        token_budget: int = 8192, # with landmarks: size of the batches
+        max_tokens: int = 512, # with landmarks: tokens of each history that are read, the last ones
+    ): # (n, S + 1) array at landmarks, (B, V, S + 1) tensor for a batch; rows add up to 1
+        "Probabilities of the stage `stage_horizon` days after the visit. Raises `ValueError` for landmarks that are not on the day of a visit."
+        with evaluating(self):
+            if not isinstance(landmark, Landmarks): return self(landmark).stage_logits.softmax(-1)
+            late = int((np.asarray(landmark.elapsed) > 0).sum())
+            if late: raise ValueError(f"landmark: {late} of {len(landmark)} moments lie after the day of their visit, and the model speaks of {self.stage_horizon:g} days after the visit. Ask at visits, as with at_each_visit.")
+            logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens)
+        return logits.double().softmax(-1).numpy()
 
-# %% ../nbs/11b_progression.ipynb #835f5648
+# %% ../nbs/11b_progression.ipynb #8f1933e4
 class BEHRTForProgression(ProgressionModel):
-    "BEHRT encoder, mean over each visit's tokens, heads for the stage to come and the wait for it. Raises `ValueError` for bidirectional attention, which sees the future."
-    config_class, encoder = BEHRTConfig, "behrt"
+    "BEHRT encoder, mean over each visit's tokens, heads for the stage to come and the wait for it. Refuses bidirectional attention unless told that it leaks."
+    config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
 
     def __init__(self,
         config: BEHRTConfig, # of the encoder
         n_stages: int, # S
         horizons, # increasing days: ends of the calendar bins
+        stage_horizon: int = 730, # days after which the stage to come is looked at
         stage_weight: float = 1.0, # of the stage to come in the loss
+        allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
     ):
-        if config.attention != "visit_causal": raise ValueError("attention='bidirectional' lets the prediction at each visit see later visits. Use attention='visit_causal'.")
-        super().__init__(config, n_stages, horizons, stage_weight)
+        check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
+        super().__init__(config, n_stages, horizons, stage_horizon, stage_weight, allow_future_leakage=allow_future_leakage)
         self.behrt = BEHRT(config)
         self.make_heads(config.hidden_size, config.dropout)
 

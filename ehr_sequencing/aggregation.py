@@ -76,7 +76,7 @@ def pool_visits(
     if how == "mean": pooled = pooled / count_tokens(visit_ids, n_visits).clamp(min=1).unsqueeze(-1)
     return pooled.to(hidden.dtype)
 
-# %% ../nbs/07_aggregation.ipynb #adf5464c
+# %% ../nbs/07_aggregation.ipynb #4ddd6672
 def present_visits(
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
     n_visits: int | None = None, # V; the largest visit index + 1 if None
@@ -91,10 +91,10 @@ def check_visits(
 ):
     "Raise `ValueError` for patients without a visit, saying how many and which rows, and for rows whose real visits do not come first; `TypeError` for a mask that is not boolean."
     if sequence_mask.dtype != torch.bool: raise TypeError(f"sequence_mask: expected bool, True for real visits, got {sequence_mask.dtype}")
-    rows = lambda wrong: f"{int(wrong.sum())} of {len(wrong)} rows, rows {wrong.nonzero().flatten()[:10].tolist()}{' and others' if wrong.sum() > 10 else ''}"
     empty, torn = ~sequence_mask.any(1), (sequence_mask[:, 1:] & ~sequence_mask[:, :-1]).any(1)
-    if empty.any(): raise ValueError(f"sequence_mask: no visit in {rows(empty)}. Leave out patients without a visit: there is nothing to predict from.")
-    if torn.any(): raise ValueError(f"sequence_mask: a real visit after one that is not in {rows(torn)}. Real visits must come first.")
+    for wrong, what, remedy in ((empty, "have no visit", "Leave them out of the batch: there is nothing to predict from"), (torn, "have a real visit after one that is not", "Real visits must come first")):
+        if not wrong.any(): continue
+        raise ValueError(f"sequence_mask: {int(wrong.sum())} of {len(wrong)} patients {what}, in rows {wrong.nonzero().flatten()[:10].tolist()}{' and others' if wrong.sum() > 10 else ''}. {remedy}.")
 
 # %% ../nbs/07_aggregation.ipynb #d7771656
 def _as_rows(pool, x, mask):

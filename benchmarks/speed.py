@@ -117,15 +117,15 @@ def padding_of(batches): return 1 - tokens_of(batches) / sum(b["codes"].numel() 
 
 class Clock:
     "Seconds of calls, with the device finished before and after."
-    def __init__(self, device, precision): self.device, self.precision = device, precision
+    def __init__(self, device, precision, now=time.perf_counter): self.device, self.precision, self.now = device, precision, now
     def context(self): return torch.autocast(self.device, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
     def __call__(self, function):
         if self.device == "cuda": torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = self.now()
         function()
         if self.device == "cuda": torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return self.now() - began
 
 
 def make_epoch(build, batches, clock, compiled=False):
@@ -342,25 +342,39 @@ def pooling(clock, rounds, B=64, L=512, V=50, d=128):
     return ["## Tokens to visits", "", f"Means of the tokens of each visit, B = {B} patients, L = {L}, V = {V} visits, vectors of d = {d} numbers; rows of {L // 2} to {L} tokens, {(ids < 0).float().mean():.0%} padding.", "", *table]
 
 
-def visits(clock, rounds, B=64, V=50, C=12, d=64):
-    "Lines on the LSTM over a visit's codes."
+def random_visits(B, V, C, heavy, device):
+    "Visits of codes: V for each patient, of 1 to C codes; or, if `heavy`, log-normal numbers of both, up to V and C, with a median of 10 visits and of 3 codes."
     generator = torch.Generator().manual_seed(0)
-    mask = torch.arange(C) < torch.randint(1, C + 1, (B, V, 1), generator=generator)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).exp()
+    n_visits = (10 * draw(B, 1)**0.9).long().clamp(1, V) if heavy else torch.full((B, 1), V)
+    n_codes = (3.3 * draw(B, V, 1)**0.8).long().clamp(1, C) if heavy else torch.randint(1, C + 1, (B, V, 1), generator=generator)
+    n_visits[0], n_codes[0, 0] = V, C
+    mask = (torch.arange(C) < n_codes) & (torch.arange(V) < n_visits).unsqueeze(-1)
     batch = {"visit_codes": torch.randint(5, 1000, (B, V, C), generator=generator) * mask, "visit_mask": mask, "visit_ages": torch.randint(20, 90, (B, V), generator=generator), "time_features": torch.rand(B, V, 2, generator=generator)}
-    batch = {name: x.to(clock.device) for name, x in batch.items()}
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def visits(clock, rounds, V=50, d=64):
+    "Lines on the LSTM over a visit's codes."
     torch.manual_seed(0)
-    encoder = LSTMVisitEncoder(1000, d).to(clock.device)
-    arms = {"ours": lambda: encoder(batch), "the same, called for one visit after another": lambda: visit_by_visit(encoder, batch), "plain loop over visits, padded codes": lambda: plain_loop(encoder, batch)}
-    for f in arms.values(): torch.testing.assert_close(f(), arms["ours"](), atol=1e-5, rtol=1e-4)
-    table = compare(clock, {name: (f, list(encoder.parameters()), 3) for name, f in arms.items()}, rounds)
-    return ["## The LSTM over the codes of a visit", "", f"B = {B} patients of V = {V} visits each, 1 to {C} codes a visit, d = {d}, parameters' gradients in the backward pass.", "", *table]
+    encoder, lines = LSTMVisitEncoder(1000, d).to(clock.device), []
+    for B, C, heavy in ((1, 12, False), (8, 12, False), (64, 12, False), (64, 40, True)):
+        batch = random_visits(B, V, C, heavy, clock.device)
+        arms = {"ours": lambda: encoder(batch), "the same, called for one visit after another": lambda: visit_by_visit(encoder, batch), "plain loop over visits, padded codes": lambda: plain_loop(encoder, batch)}
+        for f in arms.values(): torch.testing.assert_close(f(), arms["ours"](), atol=1e-5, rtol=1e-4)
+        rows = "visits and codes log-normal" if heavy else f"{V} visits each, 1 to {C} codes a visit"
+        lines += ["", f"**{B} patient{'s' if B > 1 else ''}**, {rows}; {batch['visit_mask'].float().mean():.0%} of (B, V, C) = ({B}, {V}, {C}) are codes.", "", *compare(clock, {name: (f, list(encoder.parameters()), 3) for name, f in arms.items()}, rounds)]
+    return ["## The LSTM over the codes of a visit", "", f"V = {V} visits, d = {d}; the backward pass gives the gradients of all parameters.", *lines]
 
 
 def aggregation(rounds, device):
     "Lines of the page on pooling and the visit LSTM."
-    clock = Clock(device, "fp32")
-    return ["# Speed of pooling and of the visit LSTM", "", f"`python benchmarks/speed.py --what aggregation{'' if device == 'cpu' else ' --device cuda'}`, {where_and_when(clock)}.", "",
-            f"Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
+    threads, clock = torch.get_num_threads(), Clock(device, "fp32", time.process_time if device == "cpu" else time.perf_counter)
+    torch.set_num_threads(1)
+    lines = ["# Speed of pooling and of the visit LSTM", "", f"`python benchmarks/speed.py --what aggregation{'' if device == 'cpu' else ' --device cuda'}`, {where_and_when(clock)}.", "",
+            f"{'Time of one processor core, which other work on the machine disturbs little. ' if device == 'cpu' else ''}Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
+    torch.set_num_threads(threads)
+    return lines
 
 
 @call_parse

@@ -215,7 +215,7 @@ def _compare(before, after, t, affected, tolerance, what):
             raise AssertionError(f"Future leakage: {name} at visits 0..{t} move by up to {moved:.3g} when the visits after {t} {what}. "
                                  "Use visit-causal attention (or a forward-only recurrence) for predictions at every visit.")
 
-# %% ../nbs/07_aggregation.ipynb #9f9a7e57
+# %% ../nbs/07_aggregation.ipynb #8ce9f58b
 @torch.no_grad()
 def assert_no_future_leakage(
     model, # callable: batch -> (B, V, ...) outputs or a tuple, list, dict or named tuple of such, or a module with such a forward
@@ -232,6 +232,7 @@ def assert_no_future_leakage(
     last = inputs["visit_ids"].max(1).values if "visit_ids" in inputs else inputs["sequence_mask"].sum(1) - 1  # (B,)
     n_visits = inputs["sequence_mask"].shape[1] if "sequence_mask" in inputs else int(last.max()) + 1
     if int(last.max()) < 1: raise ValueError("batch: no row has two visits, so there is no future to leak")
+    if max(int(inputs[name].max()) for name in ("codes", "visit_codes") if name in inputs) <= UNK: raise ValueError("batch: it holds no code of the vocabulary, so there is nothing to change")
     generator = torch.Generator().manual_seed(seed)
     tried = list(range(n_visits - 1))
     if len(tried) > max_checks:

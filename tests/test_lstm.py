@@ -221,7 +221,9 @@ def test_labels_at_visits_are_a_plain_lookup(made, seed, n, kind, limit):
     store, draw = made[1], np.random.default_rng(seed)
     rows, visits = zip(*sorted({(r, int(draw.integers(store.n_visits[r]))) for r in draw.integers(0, 6, n)}))
     labels = {"float": draw.integers(0, 2, len(rows)).astype(float), "int": draw.integers(0, 5, len(rows)), "many": draw.random((len(rows), 2)).round()}[kind]
-    batch = LabelsAtVisits(rows, visits, labels)(make_batch(store, draw.permutation(6), max_tokens=limit))
+    cut = draw.integers(0, store.n_visits[:6])  # labels after the end of a history are not shown
+    order = draw.permutation(6)
+    batch = LabelsAtVisits(rows, visits, labels)(make_batch(store, order, cut[order], max_tokens=limit))
     where = {(r, v): y for r, v, y in zip(rows, visits, labels)}
     missing = MISSING if kind == "int" else np.full(2, np.nan) if kind == "many" else np.nan
     for b, (row, first) in enumerate(zip(batch["rows"].tolist(), batch["first_visits"].tolist())):

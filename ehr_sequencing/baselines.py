@@ -16,7 +16,7 @@ from .metrics import concordance_index
 from .sequences import SequenceStore
 from .vocabulary import SPECIAL_TOKENS
 
-# %% ../nbs/14_baselines.ipynb #915a357b
+# %% ../nbs/14_baselines.ipynb #29c74146
 def history_counts(
     store: SequenceStore, # of the patients
     landmarks: Landmarks, # moments of prediction
@@ -43,7 +43,7 @@ def landmark_ages(
     landmarks: Landmarks, # moments of prediction
 ) -> np.ndarray: # (n,) float years, NaN if the birth is unknown
     "Age at each landmark."
-    return (landmarks.days(store) - store.births[landmarks.rows]) / np.timedelta64(1, "D") / 365.25
+    return (landmarks.days - store.births[landmarks.rows]) / np.timedelta64(1, "D") / 365.25
 
 # %% ../nbs/14_baselines.ipynb #07f88760
 class LandmarkFeatures:

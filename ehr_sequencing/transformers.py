@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['HierarchicalConfig', 'visits_by_width', 'attention_by_class', 'HierarchicalEncoder', 'SurvivalTransformer']
 
-# %% ../nbs/13_transformers.ipynb #3016ab66
-import math
+# %% ../nbs/13_transformers.ipynb #e35a48ce
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .aggregation import pool_visits
+from .aggregation import check_visits, pool_visits
 from .behrt import BEHRTConfig, EncoderBlock, TokenGrid, grid_attention, need_keys, visit_attention_mask
 from .dropout import Dropout
 from .embeddings import AgeEmbedding, PositionalEmbedding, SinusoidalPositionalEncoding, TimeEmbedding, check_tokens
 from .saved_models import SavedModel
-from .survival import HazardHead, SurvivalModel
+from .survival import HazardHead, SurvivalModel, check_direction
 from .vocabulary import PAD
 
 # %% ../nbs/13_transformers.ipynb #88754f3d
@@ -61,7 +60,7 @@ def attention_by_class(
         return torch.cat([one(layer, *parts) for one, *parts in zip(attends, *(x.split(sizes) for x in qkv))])
     return attend
 
-# %% ../nbs/13_transformers.ipynb #0f7183da
+# %% ../nbs/13_transformers.ipynb #05924346
 def _run(blocks, x, attend, again):
     "Blocks one after the other; their inner results are computed again in the backward pass if `again`."
     for block in blocks: x = checkpoint(block, x, attend, use_reentrant=False) if again else block(x, attend)
@@ -87,7 +86,7 @@ class HierarchicalEncoder(SavedModel):
         self.visit_norm, self.dropout = nn.LayerNorm(c.hidden_size), Dropout(c.dropout)
         self.visit_blocks, self.norm = stack(c.num_layers - c.code_layers), nn.LayerNorm(c.hidden_size)
 
-    def pool_codes(self, batch: dict) -> Tensor: # (B, V, hidden_size); zeros for visits without codes
+    def encode_codes(self, batch: dict) -> Tensor: # (B, V, hidden_size); zeros for visits without codes
         "Encode the codes of each visit and pool them. A visit's vector depends on its own codes and on nothing else."
         shape, classes = batch["visit_mask"].shape, visits_by_width(batch["visit_mask"])
         if not classes: return self.project.weight.new_zeros(*shape[:2], self.hidden_size)
@@ -102,25 +101,26 @@ class HierarchicalEncoder(SavedModel):
         "Encode the visits of a batch. Raises `ValueError` for a batch without hierarchical tensors, for patients without a visit, and what `check_tokens` raises."
         need_keys(batch, "visit_codes", "visit_mask", "sequence_mask", "visit_ages", "time_features", remedy="The encoder reads visits; make the batch with layout='hierarchical' or 'both'.")
         real = batch["sequence_mask"]  # (B, V)
-        positions = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
-        visits = self.pool_codes(batch) + self.age(batch["visit_ages"]) + self.position_scale * self.position(positions)
-        if self.time is not None: visits = visits + self.time(batch["time_features"])
-        grid = TokenGrid(real)
+        check_visits(real)
+        grid, positions = TokenGrid(real), torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
+        of = lambda x: x.flatten(0, 1).index_select(0, grid.index)  # (B, V, ...) -> (m, ...): of the m real visits
+        x = grid.take(self.encode_codes(batch)) + self.age(of(batch["visit_ages"])) + self.position_scale * self.position(of(positions))  # (m, d)
+        if self.time is not None: x = x + self.time(of(batch["time_features"]))
         attend = grid_attention(grid, visit_attention_mask(positions, real, self.config.attention).unsqueeze(1))
-        x = _run(self.visit_blocks, self.dropout(self.visit_norm(grid.take(visits))), attend, self.config.gradient_checkpointing and self.training)
+        x = _run(self.visit_blocks, self.dropout(self.visit_norm(x)), attend, self.config.gradient_checkpointing and self.training)
         return grid.put(self.norm(x))
 
-# %% ../nbs/13_transformers.ipynb #7d6bd222
+# %% ../nbs/13_transformers.ipynb #f6ed5123
 class SurvivalTransformer(SurvivalModel):
     "A hierarchical transformer with a hazard head at every visit. Refuses bidirectional attention across visits unless told that it leaks."
-    config_class, encoder = HierarchicalConfig, "transformer"
+    config_class, encoder, layout = HierarchicalConfig, "transformer", "hierarchical"
 
     def __init__(self,
         config: HierarchicalConfig, # of the encoder
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
     ):
-        if config.attention != "visit_causal" and not allow_future_leakage: raise ValueError("attention='bidirectional'")
+        check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
         super().__init__(config, horizons, allow_future_leakage=allow_future_leakage)
         self.transformer = HierarchicalEncoder(config)
         self.head = HazardHead(config.hidden_size, 1 if horizons is None else len(self.horizons), config.dropout)
@@ -128,7 +128,3 @@ class SurvivalTransformer(SurvivalModel):
     def encode_visits(self, batch: dict) -> Tensor: # (B, V, hidden_size)
         "One vector a visit. Raises as `HierarchicalEncoder`."
         return self.transformer(batch)
-
-    def forward(self, batch):
-        logits = self.head(self.encode_visits(batch))
-        return logits if self.horizons is not None else logits.squeeze(-1)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'head_masks', 'TokenGrid', 'WholeGrid',
            'SelfAttention', 'grid_attention', 'EncoderBlock', 'packed_attention', 'need_keys', 'BEHRT',
-           'count_parameters', 'pool_sequence', 'prepend_cls', 'check_pooling', 'encode_histories']
+           'ParameterCount', 'count_parameters', 'pool_sequence', 'prepend_cls', 'check_pooling', 'encode_histories']
 
-# %% ../nbs/06_behrt.ipynb #1f7f8e1b
+# %% ../nbs/06_behrt.ipynb #a963f0a9
 import dataclasses
 import functools
 import json
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -293,7 +294,7 @@ def _layout(config, visit_ids, attention_mask, positions, attentions):
     of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
     return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
 
-# %% ../nbs/06_behrt.ipynb #0ad2d3a3
+# %% ../nbs/06_behrt.ipynb #484c9fba
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -346,11 +347,19 @@ class BEHRT(SavedModel):
         return count_parameters(self)[0]
 
 
+class ParameterCount(NamedTuple):
+    "How many parameters a model has, and how many of them are trained."
+    total: int # all
+    trainable: int # those that require a gradient
+    share: float # trainable / total; 0 for a model without parameters
+
+
 def count_parameters(
     model: nn.Module, # any model
-) -> tuple: # all parameters, trainable parameters
-    "Count parameters."
-    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+) -> ParameterCount: # total, trainable, share
+    "Count parameters; one that has several names counts once."
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False))
+    return ParameterCount(total, trainable, trainable / max(1, total))
 
 # %% ../nbs/06_behrt.ipynb #2628ad57
 POOLINGS = ("mean", "max", "cls")

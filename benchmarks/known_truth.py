@@ -103,18 +103,12 @@ def fit_networks(train, split, epochs):
         rows = split[part]
         return BatchLoader(train.store, rows, train.labels.last_at_risk[rows], 4096, 1024, shuffle=shuffle, random_end=shuffle, max_patients=16 if shuffle else None, transform=lambda b: attach_labels(b, train.store, train.labels))
 
-    def predict(world, model):
-        place, said = {row: i for i, row in enumerate(world.marks.rows.tolist())}, np.empty((len(world.marks), len(ASKED)))
-        for batch in BatchLoader(world.store, world.marks.rows, world.marks.visits, 8192, 1024):
-            said[[place[row] for row in batch["rows"].tolist()]] = model.predict_risk(batch, horizons=ASKED).numpy()
-        return said
-
     models = {}
     for name, build, rate in (("LSTM", lambda v: SurvivalLSTM(LSTMConfig.small(v), HORIZONS), 2e-3), ("BEHRT", lambda v: BEHRTForSurvival(BEHRTConfig.small(v), HORIZONS), 1e-3)):
         torch.manual_seed(0)
         model = build(len(train.store.vocabulary))
         Trainer(model, loader("train", True), loader("validation", False), epochs=epochs, learning_rate=rate, device="cpu", label=name).fit()
-        models[name] = lambda world, model=model: predict(world, model)
+        models[name] = lambda world, model=model: model.predict_risk(world.marks, ASKED, max_tokens=1024)
     return models
 
 

@@ -65,10 +65,10 @@ class LSTMConfig:
         "Embedding 256, hidden 512, 3 layers."
         return cls(vocab_size, **({"embedding_dim": 256, "hidden_size": 512, "num_layers": 3} | changes))
 
-# %% ../nbs/12_lstm.ipynb #dfa7a00d
+# %% ../nbs/12_lstm.ipynb #45f8910a
 class SurvivalLSTM(SurvivalModel):
     "Visit vectors, a forward LSTM, a hazard head. `sequence_mask` must be True for real visits, which come first in each row."
-    config_class = LSTMConfig
+    config_class, layout = LSTMConfig, "hierarchical"
 
     def __init__(self,
         config: LSTMConfig, # sizes
@@ -81,12 +81,6 @@ class SurvivalLSTM(SurvivalModel):
         self.lstm = nn.LSTM(c.embedding_dim, c.hidden_size, c.num_layers, batch_first=True, dropout=c.dropout if c.num_layers > 1 else 0.0)
         self.head = HazardHead(c.hidden_size, 1 if horizons is None else len(self.horizons), c.dropout)
 
-    def forward(self, batch: dict) -> Tensor: # logits (B, V) or (B, V, K)
-        "Hazard logits at every visit. Raises `ValueError` for patients without a visit."
-        empty = ~batch["sequence_mask"].any(1)
-        if empty.any():
-            rows = empty.nonzero().flatten().tolist()
-            raise ValueError(f"sequence_mask: {len(rows)} of {len(empty)} patients have no visit, in rows {rows[:10]}. Leave them out of the batch.")
-        states, _ = self.lstm(self.dropout(self.norm(self.visit_encoder(batch))))  # (B, V, hidden_size)
-        logits = self.head(states)  # (B, V, K)
-        return logits if self.horizons is not None else logits.squeeze(-1)
+    def encode_visits(self, batch: dict) -> Tensor: # (B, V, hidden_size)
+        "The state after each visit."
+        return self.lstm(self.dropout(self.norm(self.visit_encoder(batch))))[0]

@@ -78,9 +78,11 @@ def check_vocabulary(
     if other is not vocabulary and (other.tokens, other.value_edges) != (vocabulary.tokens, vocabulary.value_edges):
         raise ValueError(f"landmarks: their store has another vocabulary ({len(other):,} tokens) than the one fitted on ({len(vocabulary):,}). Build the store with the vocabulary of the training store.")
 
-# %% ../nbs/14_baselines.ipynb #e16ab394
+# %% ../nbs/14_baselines.ipynb #6ff14c9a
 class LandmarkFeatures:
     "Scaled features at landmarks: groups among age, sex, log counts of frequent codes, and the log number of visits. Raises `ValueError` for other groups."
+    n_parameters = 0 # numbers that were learned to make features, apart from means and scales
+
     def __init__(self,
         groups=("age", "sex", "codes"), # of `GROUPS`; or one of them as text
         max_codes: int | None = 50, # codes counted; None for all that are neither too rare nor too common
@@ -125,7 +127,7 @@ class LandmarkFeatures:
         codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
         return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
 
-# %% ../nbs/14_baselines.ipynb #6346ceca
+# %% ../nbs/14_baselines.ipynb #1c271d99
 def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
@@ -134,7 +136,7 @@ def _check_fitting(landmarks, name):
 class LandmarkModel:
     "Base of the models that are fitted on features at landmarks."
     def __init__(self,
-        features, # names of groups for `LandmarkFeatures`, or an object with its `fit`, `transform` and `names`
+        features, # names of groups for `LandmarkFeatures`, or an object with its `fit`, `transform`, `names` and `n_parameters`
         max_codes, # codes counted, if names are given
         settings, # settings to choose from
     ):
@@ -173,7 +175,13 @@ class LandmarkModel:
             raise ValueError(f"horizons: expected days in (0, {self.last_day:g}], the follow-up of the training landmarks; got {horizons.tolist()}")
         return self._risk(self.model, self.features.transform(landmarks), horizons)
 
-# %% ../nbs/14_baselines.ipynb #1f7df826
+    @property
+    def n_parameters(self) -> int:
+        "How many numbers were learned, those of learned features included. Raises `NotFittedError` before `fit`."
+        self._check_fitted()
+        return self._count() + self.features.n_parameters
+
+# %% ../nbs/14_baselines.ipynb #10aa036a
 class CoxBaseline(LandmarkModel):
     "Cox proportional hazards at landmarks, on age, sex and code counts, or on whichever groups of features are named: `CoxBaseline(\"visits\")` is the visit count alone."
     def __init__(self,
@@ -202,7 +210,4 @@ class CoxBaseline(LandmarkModel):
         self._check_fitted()
         return pd.Series(self.model[0], index=self.features.names, name="log hazard ratio")
 
-    @property
-    def n_parameters(self) -> int:
-        "Number of coefficients. The baseline hazard, which is a step for each event day, is not counted."
-        return len(self.coefficients)
+    def _count(self): return len(self.model[0])  # coefficients; the baseline hazard, a step for each event day, is not counted

@@ -77,7 +77,7 @@ class PeriodModel(LandmarkModel):
         self._check_fitted()
         return torch.from_numpy(self._logits(self.model, self.features.transform(landmarks))).sigmoid().numpy()
 
-# %% ../nbs/14a_period_models.ipynb #0a83f472
+# %% ../nbs/14a_period_models.ipynb #37674072
 _LARGE = 1000.0  # in the columns of the bins, so that the ridge penalty leaves their coefficients alone
 
 
@@ -101,13 +101,9 @@ class LogisticBaseline(PeriodModel):
 
     def _logits(self, model, x): return model[0] + (x @ model[1])[:, None]  # (n, K)
 
-    @property
-    def n_parameters(self) -> int:
-        "Intercepts and coefficients. Raises `NotFittedError` before `fit`."
-        self._check_fitted()
-        return sum(len(part) for part in self.model)
+    def _count(self): return sum(len(part) for part in self.model)  # intercepts and coefficients
 
-# %% ../nbs/14a_period_models.ipynb #bfa3442a
+# %% ../nbs/14a_period_models.ipynb #66d1d5e2
 class BoostedTreesBaseline(PeriodModel):
     "Boosted trees on person-periods, with the number of the bin as a feature (scikit-learn's `HistGradientBoostingClassifier`)."
     def __init__(self,
@@ -132,8 +128,4 @@ class BoostedTreesBaseline(PeriodModel):
         x = x.toarray()
         return np.stack([model.decision_function(np.column_stack([np.full(len(x), k), x])) for k in range(len(self.edges))], 1)
 
-    @property
-    def n_parameters(self) -> int:
-        "Nodes of all trees, each with a threshold or a value, and one constant. Raises `NotFittedError` before `fit`."
-        self._check_fitted()
-        return 1 + sum(len(tree.nodes) for trees in self.model._predictors for tree in trees)
+    def _count(self): return 1 + sum(len(tree.nodes) for trees in self.model._predictors for tree in trees)  # thresholds, values and a constant

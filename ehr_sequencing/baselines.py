@@ -127,7 +127,7 @@ class LandmarkFeatures:
         codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
         return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
 
-# %% ../nbs/14_baselines.ipynb #1c271d99
+# %% ../nbs/14_baselines.ipynb #3a3332ad
 def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
@@ -170,7 +170,7 @@ class LandmarkModel:
     ) -> np.ndarray: # (n, H) probability of the event within each horizon
         "Risk at each landmark. Raises `NotFittedError`, a `ValueError`, before `fit`, and `ValueError` for horizons outside the follow-up and for a store of another vocabulary."
         self._check_fitted()
-        horizons = np.atleast_1d(np.asarray(horizons, dtype=float))
+        horizons = np.ascontiguousarray(np.atleast_1d(horizons), dtype=float)
         if horizons.ndim != 1 or not ((horizons > 0) & (horizons <= self.last_day)).all():
             raise ValueError(f"horizons: expected days in (0, {self.last_day:g}], the follow-up of the training landmarks; got {horizons.tolist()}")
         return self._risk(self.model, self.features.transform(landmarks), horizons)

@@ -131,7 +131,7 @@ class Med2Vec(SavedModel):
         if not n: raise ValueError("batch: no patient has a visit, so there is nothing to learn from")
         return (_visit_term(outputs.logits, held, mask, self.config.window) + _code_term(self.code.weight, held[mask])) / n, n
 
-# %% ../nbs/14b_med2vec.ipynb #cc469629
+# %% ../nbs/14b_med2vec.ipynb #07c3a333
 def fit_med2vec(
     store: SequenceStore, # where the patients are
     rows, # rows of the training patients, and of no others
@@ -147,22 +147,22 @@ def fit_med2vec(
     "Train Med2Vec. Raises `ValueError` for a configuration of another vocabulary, or if the loss is not finite."
     config = Med2VecConfig(len(store.vocabulary)) if config is None else config
     if config.vocab_size != len(store.vocabulary): raise ValueError(f"config: vocab_size is {config.vocab_size:,}, and the store's vocabulary has {len(store.vocabulary):,} tokens. Use Med2VecConfig(len(store.vocabulary)).")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Med2Vec(config).to(device)
-    optimizer, progress = torch.optim.Adam(model.parameters(), lr=learning_rate), Progress(epochs, "Med2Vec", show_progress)
     loader = BatchLoader(store, row_numbers(rows, len(store)), token_budget=token_budget, max_tokens=max_tokens, shuffle=True, random_end=True, seed=seed, layout="hierarchical")
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        total, visits = 0.0, 0
-        for batch in loader:
-            batch = to_device(batch, device)
-            loss, n = model.loss(model(batch), batch)
-            if not loss.isfinite(): raise ValueError("loss: not finite; the model has diverged (lower the learning rate)")
-            optimizer.zero_grad(); loss.backward(); optimizer.step()
-            total, visits = total + loss.item() * n, visits + n
-        progress.step(f"loss {total / visits:.3f} a visit")
-    progress.close()
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left alone
+        torch.manual_seed(seed)
+        model, progress = Med2Vec(config).to(device), Progress(epochs, "Med2Vec", show_progress)
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            total, visits = 0.0, 0
+            for batch in loader:
+                batch = to_device(batch, device)
+                loss, n = model.loss(model(batch), batch)
+                if not loss.isfinite(): raise ValueError("loss: not finite; the model has diverged (lower the learning rate)")
+                optimizer.zero_grad(); loss.backward(); optimizer.step()
+                total, visits = total + loss.item() * n, visits + n
+            progress.step(f"loss {total / visits:.3f} a visit")
+        progress.close()
     model.vocabulary = store.vocabulary
     return model.eval()
 

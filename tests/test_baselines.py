@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from lifelines import CoxPHFitter, NelsonAalenFitter
 from sklearn.linear_model import LogisticRegression
@@ -88,7 +88,7 @@ def test_likelihood_of_rows_is_that_of_the_losses(seed, unit, censoring):
     assert (weight == 1).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.integers(0, 10**6), st.sampled_from([1, 60]), st.sampled_from([600, 3000]), st.booleans())
 def test_risks_of_every_model(seed, unit, censoring, partial):
     "Monotone, inside (0, 1), calibrated in the large, the same for one landmark alone."
@@ -139,7 +139,7 @@ def test_partial_rows_find_the_hazard_and_whole_rows_do_not():
     event, censored = rng.exponential(-365 / math.log(0.95), n), rng.uniform(0, 3 * 365, n)
     marks = Landmarks(STORE, np.zeros(n, int), np.zeros(n, int), np.minimum(event, censored), event <= censored)
     rates = {partial: [np.bincount(s, w * y)[k] / np.bincount(s, w)[k] for k in range(3)] for partial in (True, False) for _, s, y, w in [period_rows(marks, (365, 730, 1095), partial)]}
-    np.testing.assert_allclose(rates[True], 0.05, atol=0.003)
+    np.testing.assert_allclose(rates[True], 0.05, atol=0.006)  # four standard errors in the last year
     assert min(rates[False]) > 0.058
 
 
@@ -231,7 +231,7 @@ def test_errors():
     with pytest.raises(ValueError, match="nothing of visits varies"): CoxBaseline("visits").fit(Landmarks(STORE, train.rows, np.zeros_like(train.visits), train.durations, train.events), train)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4))
 def test_med2vec_loss_against_loops(seed, window):
     store = made_store(5, seed)

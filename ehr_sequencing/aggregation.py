@@ -80,7 +80,7 @@ def pool_visits(
     pooled = pooled.view(B, n_visits + 1, d)[:, :n_visits]  # the last slot is thrown away
     return pooled.to(hidden.dtype)
 
-# %% ../nbs/07_aggregation.ipynb #adf5464c
+# %% ../nbs/07_aggregation.ipynb #4ddd6672
 def present_visits(
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
     n_visits: int | None = None, # V; the largest visit index + 1 if None

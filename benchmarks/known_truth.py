@@ -82,9 +82,9 @@ def honest_models(train, networks, epochs=6):
     fit = spaced_landmarks(train.labels, train.store, split["train"])
     stop = draw_landmarks(train.labels, train.store, split["validation"])
     models = {}
-    for name, cox in {"age alone": CoxBaseline("counts", max_codes=0), "Cox on age and counts": CoxBaseline("counts")}.items():
-        cox.fit(train.store, fit, stop)
-        models[name] = lambda world, cox=cox: np.stack([cox.predict_risk(world.store, world.marks, h) for h in ASKED], axis=1)
+    for name, cox in {"age alone": CoxBaseline("age"), "Cox on age and counts": CoxBaseline()}.items():
+        cox.fit(fit, stop)
+        models[name] = lambda world, cox=cox: cox.predict_risk(world.marks, ASKED)
     return models | (fit_networks(train, split, epochs) if networks else {})
 
 
@@ -92,29 +92,21 @@ def fit_networks(train, split, epochs):
     "LSTM and BEHRT on horizon hazards."
     import torch
 
-    from ehr_sequencing.batches import BatchLoader
     from ehr_sequencing.behrt import BEHRTConfig
-    from ehr_sequencing.horizons import attach_labels
+    from ehr_sequencing.horizons import labelled_batches
     from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
     from ehr_sequencing.survival import BEHRTForSurvival
     from ehr_sequencing.training import Trainer
 
     def loader(part, shuffle):
-        rows = split[part]
-        return BatchLoader(train.store, rows, train.labels.last_at_risk[rows], 4096, 1024, shuffle=shuffle, random_end=shuffle, max_patients=16 if shuffle else None, transform=lambda b: attach_labels(b, train.store, train.labels))
-
-    def predict(world, model):
-        place, said = {row: i for i, row in enumerate(world.marks.rows.tolist())}, np.empty((len(world.marks), len(ASKED)))
-        for batch in BatchLoader(world.store, world.marks.rows, world.marks.visits, 8192, 1024):
-            said[[place[row] for row in batch["rows"].tolist()]] = model.predict_risk(batch, horizons=ASKED).numpy()
-        return said
+        return labelled_batches(train.store, train.labels, split[part], shuffle, token_budget=4096, max_tokens=1024)
 
     models = {}
     for name, build, rate in (("LSTM", lambda v: SurvivalLSTM(LSTMConfig.small(v), HORIZONS), 2e-3), ("BEHRT", lambda v: BEHRTForSurvival(BEHRTConfig.small(v), HORIZONS), 1e-3)):
         torch.manual_seed(0)
         model = build(len(train.store.vocabulary))
         Trainer(model, loader("train", True), loader("validation", False), epochs=epochs, learning_rate=rate, device="cpu", label=name).fit()
-        models[name] = lambda world, model=model: predict(world, model)
+        models[name] = lambda world, model=model: model.predict_risk(world.marks, ASKED, max_tokens=1024)
     return models
 
 

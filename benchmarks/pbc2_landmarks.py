@@ -99,7 +99,7 @@ def prepare(
     store = build_store(table, fit_vocabulary(table.events))
     labels = label_visits(store, table, outcome, HORIZONS)
     marks = {year: at_elapsed(labels, store, round(year * YEAR)) for year in STACKED_YEARS}
-    known = {year: covariates(table, store, m.rows, m.days(store)) for year, m in marks.items()}
+    known = {year: covariates(table, store, m.rows, m.days) for year, m in marks.items()}
     entry = {year: covariates(table, store, m.rows, labels.ends.first_days[m.rows])[0] for year, m in marks.items()}
     return Cohort(table, store, labels, marks, {y: k[0] for y, k in known.items()}, entry, {y: k[1] for y, k in known.items()}, outcome.competing is not None)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABEL_SCHEMA', 'write_meds_labels', 'read_meds_labels']
 
-# %% ../nbs/04d_label_files.ipynb #dd5db3b8
+# %% ../nbs/04d_label_files.ipynb #cbe343c8
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,14 @@ from .horizons import within_horizons
 from .jobs import whole_file
 from .landmarks import Landmarks
 from .outcomes import flow_frame
-from .sequences import SequenceStore
 
-# %% ../nbs/04d_label_files.ipynb #ba4ddc09
+# %% ../nbs/04d_label_files.ipynb #95a82a37
 LABEL_SCHEMA = {"subject_id": pl.Int64, "prediction_time": pl.Datetime("us"), "boolean_value": pl.Boolean, "integer_value": pl.Int64, "float_value": pl.Float32, "categorical_value": pl.String}
 
 
 def write_meds_labels(
     path, # new Parquet file
     landmarks: Landmarks, # moments and what came after
-    store: SequenceStore, # of the rows
     horizon: float, # days: the label says whether the event comes within it
 ): # -> pandas data frame: how many landmarks became labels, for `plot_flow`
     "Write a MEDS label file with `boolean_value`. Raises `FileExistsError`, or `ValueError` if the horizon is no positive number or lies beyond the follow-up of all landmarks."
@@ -34,8 +32,8 @@ def write_meds_labels(
     if np.ndim(horizon): raise ValueError(f"horizon: expected one number of days, got {len(horizon)}; write a file for each")
     happened, known = (a[:, 0] for a in within_horizons(landmarks.durations, landmarks.event_types, horizon))
     if not (known.all() or landmarks.durations.max() >= horizon): raise ValueError(f"horizon: no landmark was followed for {horizon:g} days (the longest for {landmarks.durations.max():g}), so that every label known would come from an event. Was their follow-up cut at a shorter horizon?")
-    ends = (landmarks.days(store)[known] + np.timedelta64(1, "D")).astype("datetime64[us]") - np.timedelta64(1, "us")
-    every = pl.DataFrame({"subject_id": store.subject_ids[landmarks.rows[known]], "prediction_time": ends, "boolean_value": happened[known]}, schema_overrides={"prediction_time": pl.Datetime("us")})
+    ends = (landmarks.days[known] + np.timedelta64(1, "D")).astype("datetime64[us]") - np.timedelta64(1, "us")
+    every = pl.DataFrame({"subject_id": landmarks.subject_ids[known], "prediction_time": ends, "boolean_value": happened[known]}, schema_overrides={"prediction_time": pl.Datetime("us")})
     frame = every.unique(["subject_id", "prediction_time"]).sort("subject_id", "prediction_time")  # two visits of one day have one label
     repeats = [("another landmark of the same patient and day", len(every) - len(frame), "excluded")] if len(frame) < len(every) else []
     with whole_file(path) as partial: frame.write_parquet(partial)

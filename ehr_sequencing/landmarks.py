@@ -6,9 +6,9 @@
 __all__ = ['Landmarks', 'at_each_visit', 'draw_landmarks', 'spaced_landmarks', 'at_visit', 'at_date', 'at_age', 'at_elapsed',
            'at_random_day', 'at_moments', 'choose_landmarks', 'last_values']
 
-# %% ../nbs/04b_landmarks.ipynb #7e8bd191
+# %% ../nbs/04b_landmarks.ipynb #6f7857d5
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,11 @@ from .outcomes import VisitLabels, as_day, day_numbers, flow_frame
 from .sequences import SequenceStore, row_numbers
 from .synthetic import check_ids
 
-# %% ../nbs/04b_landmarks.ipynb #cbc06f48
+# %% ../nbs/04b_landmarks.ipynb #6e79cf49
 @dataclass
 class Landmarks:
     "Moments of prediction with what came after. The history of each is visits 0 to `visits` of its row."
+    store: SequenceStore = field(repr=False) # of the patients; what is asked is answered from their histories
     rows: np.ndarray # (n,) rows of the store
     visits: np.ndarray # (n,) index of the last visit known by then, within its patient's history
     durations: np.ndarray # (n,) days from the moment to the end of the time at risk, at most the last horizon
@@ -45,19 +46,23 @@ class Landmarks:
     ): # -> Landmarks
         "Some of the landmarks, without the flow table. Raises `TypeError`, `IndexError`."
         positions = row_numbers(positions, len(self))
-        return replace(self, flow=None, **{f.name: np.asarray(getattr(self, f.name))[positions] for f in fields(self) if f.name != "flow"})
+        return replace(self, flow=None, **{f.name: np.asarray(getattr(self, f.name))[positions] for f in fields(self) if f.name not in ("store", "flow")})
 
-    def days(self,
-        store: SequenceStore, # of the rows
-    ) -> np.ndarray: # (n,) datetime64[D]: what happened up to the end of this day is known
+    @property
+    def days(self) -> np.ndarray: # (n,) datetime64[D]: what happened up to the end of this day is known
         "The day of each moment."
-        return store.visit_known[store.first_visit[self.rows] + self.visits].astype("datetime64[D]") + self.elapsed
+        return self.store.visit_known[self.store.first_visit[self.rows] + self.visits].astype("datetime64[D]") + self.elapsed
 
-# %% ../nbs/04b_landmarks.ipynb #52e1d416
-def _cut(labels, rows, visits, durations, types, **more):
+    @property
+    def subject_ids(self) -> np.ndarray: # (n,) int64
+        "Whose moments these are."
+        return self.store.subject_ids[self.rows]
+
+# %% ../nbs/04b_landmarks.ipynb #8d32b145
+def _cut(labels, store, rows, visits, durations, types, **more):
     "Landmarks whose follow-up ends at the last horizon."
     types = np.where(durations <= labels.horizons[-1], types, 0)
-    return Landmarks(rows, visits, np.minimum(durations, labels.horizons[-1]), types == 1, types, **more)
+    return Landmarks(store, rows, visits, np.minimum(durations, labels.horizons[-1]), types == 1, types, **more)
 
 
 def _asked_rows(labels, rows):
@@ -69,7 +74,7 @@ def _asked_rows(labels, rows):
 def _at_visits(labels, store, rows, visits, **more):
     "Landmarks at visits that are at risk."
     index = store.first_visit[rows] + visits
-    return _cut(labels, rows, visits, labels.durations[index], labels.event_types[index], **more)
+    return _cut(labels, store, rows, visits, labels.durations[index], labels.event_types[index], **more)
 
 
 def at_each_visit(
@@ -122,7 +127,7 @@ def spaced_landmarks(
     steps = [("visits at risk", len(every), "total"), ("too soon after the last visit, left out by chance", (~kept).sum(), "excluded"), ("landmarks", len(chosen), "total")]
     return replace(chosen, flow=flow_frame(steps, "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #3cc9df94
+# %% ../nbs/04b_landmarks.ipynb #fd7e9e10
 _DAY = np.timedelta64(1, "D")
 
 
@@ -158,7 +163,7 @@ def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
         kept &= ~applies
     if not kept.any(): raise ValueError(f"no landmark is left: of {n:,} moments asked about, " + ", ".join(f"{k:,}: {reason}" for reason, k, kind in steps if kind == "excluded") + ". Ask at other moments.")
     known = store.visit_known[store.first_visit[rows[kept]] + visits[kept]].astype("datetime64[D]")
-    return _cut(labels, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept),
+    return _cut(labels, store, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept),
                 flow=flow_frame([*steps, ("landmarks", kept.sum(), "total")], "moments"))
 
 # %% ../nbs/04b_landmarks.ipynb #31ad63a8
@@ -269,11 +274,11 @@ def choose_landmarks(
     if name == "drawn" and rows is None: rows = np.flatnonzero(labels.n_at_risk)
     return function(labels, store, *words, rows=rows, **({"seed": seed} if name in ("drawn", "spaced", "window") else {}))
 
-# %% ../nbs/04b_landmarks.ipynb #99bdbf7c
+# %% ../nbs/04b_landmarks.ipynb #fb883155
 def last_values(
     table: EventTable, # events with numeric values
-    subject_ids, # (n,) patients, such as `store.subject_ids[landmarks.rows]`
-    times, # (n,) datetime64 moments, such as `landmarks.days(store)`; a plain day means its end
+    subject_ids, # (n,) patients, such as `landmarks.subject_ids`
+    times, # (n,) datetime64 moments, such as `landmarks.days`; a plain day means its end
     codes, # codes of the measurements, exact
 ) -> tuple: # two pandas frames (n, codes): the values; and the days from measurement to moment. NaN where nothing was measured by then
     "The last numeric value of each code on or before each moment. Raises `ValueError` for a code that has no numeric value at all, no code, lengths that differ, or a moment that is NaT, `TypeError` for codes, ids or times of another type."

@@ -8,7 +8,7 @@ __all__ = ['N_SPECIAL', 'KINDS', 'target_codes', 'attach_next_visit', 'next_visi
            'repeat_last_visit', 'own_history', 'of_kind', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
            'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
 
-# %% ../nbs/07a_next_visit.ipynb #252c4210
+# %% ../nbs/07a_next_visit.ipynb #9bd0db1b
 import math
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .aggregation import pool_visits
+from .batches import to_device
 from .behrt import BEHRT, BEHRTConfig, need_keys
 from .masked_codes import CodeHead, masked_code_loss
 from .saved_models import SavedModel, evaluating
@@ -261,7 +262,7 @@ def own_history(
         return (counts + prior_visits * rates.to(counts.device)) / (visits[:, None] + prior_visits)
     return score
 
-# %% ../nbs/07a_next_visit.ipynb #0d55700b
+# %% ../nbs/07a_next_visit.ipynb #3b772f17
 KINDS = ("all", "repeated", "new")
 
 
@@ -296,7 +297,7 @@ def evaluate_next_visit(
     with evaluating(module):
         for batch in loader:
             need_keys(batch, "next_mask", "history_codes", "history_visits", remedy=_ATTACH)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            batch = to_device(batch, device)
             scores = score(batch)
             targets, had = next_visit_targets(batch, scores.shape[1]), codes_so_far(batch, scores.shape[1])
             asked += len(targets)

@@ -8,7 +8,7 @@ __all__ = ['OBJECTIVES', 'masked_places', 'scores_on', 'masked_hits', 'masked_ac
            'pretraining_loader', 'recommended_config', 'pretraining_model', 'pretrain', 'plot_accuracy',
            'compare_next_visit']
 
-# %% ../nbs/16a_pretraining.ipynb #e316523f
+# %% ../nbs/16a_pretraining.ipynb #17df7e37
 import math
 from functools import partial
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import BatchLoader, Compose
+from .batches import BatchLoader, Compose, to_device
 from .behrt import BEHRTConfig
 from .bootstrap import Bootstrap, bootstrap
 from .contrastive import BEHRTForContrastive, TwoViews
@@ -26,7 +26,7 @@ from .next_visit import (KINDS, N_SPECIAL, BEHRTForNextVisitPrediction, BEHRTFor
                                        next_visit_rates, next_visit_targets, of_kind)
 from .saved_models import evaluating
 from .sequences import SequenceStore, row_numbers
-from .training import Trainer, to_device
+from .training import Trainer
 from .vocabulary import MASK
 
 # %% ../nbs/16a_pretraining.ipynb #8bb88835

@@ -101,7 +101,7 @@ def test_moments_follow_the_definition(patients, options, days):
         assert (duration, kind) == (min(d, 20), k if d <= 20 else 0)
         known = store.visit_known[store.first_visit[row]:store.first_visit[row + 1]].astype("datetime64[D]")
         assert visit == (known <= times[position]).sum() - 1  # no later visit is used
-    assert (marks.days(store) == times[marks.asked]).all()
+    assert (marks.days == times[marks.asked]).all()
     flow = marks.flow
     assert flow["moments"].iloc[0] == len(ids) == flow.loc[flow["kind"] == "excluded", "moments"].sum() + len(marks)
 
@@ -207,7 +207,7 @@ def test_a_label_file_brings_back_the_visits(tmp_path):
     table, store = source([SURE, SURE_LATE, SURE | {"F": [], "visit": [1, 2, 3], "OBSERVATION_END": [25], "MEDS_DEATH": [31]}])
     labels = label_visits(store, table, Outcome("F"), horizons=(5, 20))
     marks = at_each_visit(labels, store)
-    write_meds_labels(tmp_path / "labels.parquet", marks, store, 5)
+    write_meds_labels(tmp_path / "labels.parquet", marks, 5)
     read = read_meds_labels(tmp_path / "labels.parquet")
     back = at_moments(labels, store, read["subject_id"].to_numpy(), read["prediction_time"].to_numpy())
     yes, known = (a[:, 0] for a in within_horizons(marks.durations, marks.event_types, 5))
@@ -221,8 +221,8 @@ def test_two_visits_of_one_day_have_one_label(tmp_path):
     table = EventTable(event_table(frame))
     store = build_store(table, Vocabulary(list(SPECIAL_TOKENS)))
     marks = at_each_visit(label_visits(store, table, Outcome("F")), store)
-    assert len(marks) == 3 and (marks.days(store) == np.datetime64(BEGIN, "D")).all()
-    counted = write_meds_labels(tmp_path / "labels.parquet", marks, store, 10)
+    assert len(marks) == 3 and (marks.days == np.datetime64(BEGIN, "D")).all()
+    counted = write_meds_labels(tmp_path / "labels.parquet", marks, 10)
     assert read_meds_labels(tmp_path / "labels.parquet")["boolean_value"].to_list() == [True, False]
     assert counted["landmarks"].to_dict() == {"landmarks": 3, "censored within 10 days, label not known": 0, "another landmark of the same patient and day": 1,
                                               "labels": 2, "  event within the horizon": 1, "  no event within it": 1}
@@ -240,7 +240,7 @@ def test_label_files_are_what_the_standard_checks(tmp_path):
     import pyarrow.parquet as pq
     table, store = source([SURE, SURE_LATE, SURE | {"F": [], "OBSERVATION_END": [25], "MEDS_DEATH": [31]}])
     marks = at_each_visit(label_visits(store, table, Outcome("F")), store)
-    write_meds_labels(tmp_path / "labels.parquet", marks, store, 10)
+    write_meds_labels(tmp_path / "labels.parquet", marks, 10)
     written = pq.read_table(tmp_path / "labels.parquet")
     checked = meds.LabelSchema.align(written)
     assert checked.num_rows == written.num_rows and checked.schema.field("prediction_time").type == written.schema.field("prediction_time").type
@@ -266,8 +266,8 @@ def test_records(name, outcome, tmp_path):
         assert subject not in first or first[subject] > day
         if event: assert (first[subject] - day).days == duration <= limit
     drawn, later = draw_landmarks(labels, store, np.flatnonzero(labels.n_at_risk)), at_elapsed(labels, store, 400 if outcome.washout_days else 30)
-    assert len(drawn) == flow.loc["analysed", "patients"] and (later.days(store) - labels.ends.first_days[later.rows] == np.timedelta64(400 if outcome.washout_days else 30, "D")).all()
-    counted = write_meds_labels(tmp_path / "labels.parquet", later, store, 90)
+    assert len(drawn) == flow.loc["analysed", "patients"] and (later.days - labels.ends.first_days[later.rows] == np.timedelta64(400 if outcome.washout_days else 30, "D")).all()
+    counted = write_meds_labels(tmp_path / "labels.parquet", later, 90)
     back = read_meds_labels(tmp_path / "labels.parquet")
     again = at_moments(labels, store, back["subject_id"].to_numpy(), back["prediction_time"].to_numpy())
     yes, known = (a[:, 0] for a in within_horizons(later.durations, later.event_types, 90))

@@ -82,9 +82,9 @@ def honest_models(train, networks, epochs=6):
     fit = spaced_landmarks(train.labels, train.store, split["train"])
     stop = draw_landmarks(train.labels, train.store, split["validation"])
     models = {}
-    for name, cox in {"age alone": CoxBaseline("counts", max_codes=0), "Cox on age and counts": CoxBaseline("counts")}.items():
-        cox.fit(train.store, fit, stop)
-        models[name] = lambda world, cox=cox: np.stack([cox.predict_risk(world.store, world.marks, h) for h in ASKED], axis=1)
+    for name, cox in {"age alone": CoxBaseline("age"), "Cox on age and counts": CoxBaseline()}.items():
+        cox.fit(fit, stop)
+        models[name] = lambda world, cox=cox: cox.predict_risk(world.marks, ASKED)
     return models | (fit_networks(train, split, epochs) if networks else {})
 
 

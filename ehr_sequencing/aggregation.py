@@ -91,10 +91,10 @@ def check_visits(
 ):
     "Raise `ValueError` for patients without a visit, saying how many and which rows, and for rows whose real visits do not come first; `TypeError` for a mask that is not boolean."
     if sequence_mask.dtype != torch.bool: raise TypeError(f"sequence_mask: expected bool, True for real visits, got {sequence_mask.dtype}")
-    rows = lambda wrong: f"{int(wrong.sum())} of {len(wrong)} rows, rows {wrong.nonzero().flatten()[:10].tolist()}{' and others' if wrong.sum() > 10 else ''}"
     empty, torn = ~sequence_mask.any(1), (sequence_mask[:, 1:] & ~sequence_mask[:, :-1]).any(1)
-    if empty.any(): raise ValueError(f"sequence_mask: no visit in {rows(empty)}. Leave out patients without a visit: there is nothing to predict from.")
-    if torn.any(): raise ValueError(f"sequence_mask: a real visit after one that is not in {rows(torn)}. Real visits must come first.")
+    for wrong, what, remedy in ((empty, "have no visit", "Leave them out of the batch: there is nothing to predict from"), (torn, "have a real visit after one that is not", "Real visits must come first")):
+        if not wrong.any(): continue
+        raise ValueError(f"sequence_mask: {int(wrong.sum())} of {len(wrong)} patients {what}, in rows {wrong.nonzero().flatten()[:10].tolist()}{' and others' if wrong.sum() > 10 else ''}. {remedy}.")
 
 # %% ../nbs/07_aggregation.ipynb #d7771656
 def _as_rows(pool, x, mask):
@@ -215,7 +215,7 @@ def _compare(before, after, t, affected, tolerance, what):
             raise AssertionError(f"Future leakage: {name} at visits 0..{t} move by up to {moved:.3g} when the visits after {t} {what}. "
                                  "Use visit-causal attention (or a forward-only recurrence) for predictions at every visit.")
 
-# %% ../nbs/07_aggregation.ipynb #9f9a7e57
+# %% ../nbs/07_aggregation.ipynb #8ce9f58b
 @torch.no_grad()
 def assert_no_future_leakage(
     model, # callable: batch -> (B, V, ...) outputs or a tuple, list, dict or named tuple of such, or a module with such a forward
@@ -232,6 +232,7 @@ def assert_no_future_leakage(
     last = inputs["visit_ids"].max(1).values if "visit_ids" in inputs else inputs["sequence_mask"].sum(1) - 1  # (B,)
     n_visits = inputs["sequence_mask"].shape[1] if "sequence_mask" in inputs else int(last.max()) + 1
     if int(last.max()) < 1: raise ValueError("batch: no row has two visits, so there is no future to leak")
+    if max(int(inputs[name].max()) for name in ("codes", "visit_codes") if name in inputs) <= UNK: raise ValueError("batch: it holds no code of the vocabulary, so there is nothing to change")
     generator = torch.Generator().manual_seed(seed)
     tried = list(range(n_visits - 1))
     if len(tried) > max_checks:

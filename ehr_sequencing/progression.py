@@ -168,7 +168,7 @@ def attach_progression(
     arrays = {"stages": np.where(mask, labels.stages[visits], 0), "future_stages": np.where(mask, labels.future_stages[visits], 0), "stage_known": labels.stage_known[visits] & mask}
     return attach_labels(batch, store, labels) | {name: torch.from_numpy(a) for name, a in arrays.items()}
 
-# %% ../nbs/11b_progression.ipynb #882c4612
+# %% ../nbs/11b_progression.ipynb #b6ee8e23
 class ProgressionOutput(NamedTuple):
     "Logits at every visit."
     stage_logits: Tensor # (B, V, S + 1): the stage to come; class 0 is "none coded"
@@ -190,7 +190,7 @@ def progression_loss(
 ) -> ProgressionLoss: # scalars
     "Negative log-likelihood of the wait and cross-entropy of the stage to come. Raises `NobodyAtRisk`, a `ValueError`, if no patient of the batch is at risk, and as `horizon_loss`."
     at_risk, weights = batch["at_risk"], batch["visit_weights"]
-    progression = horizon_loss(output.progression_logits, batch["horizon_bins"], batch["horizon_events"], at_risk, weights)
+    progression = horizon_loss(output.progression_logits, batch["horizon_bins"], batch["horizon_events"], at_risk, weights, batch["horizon_shares"])
     n, known = int(at_risk.any(1).sum()), batch["stage_known"] & at_risk
     if not known.any(): return ProgressionLoss(progression, progression, progression.detach() * 0, n)
     values = compute_masked_loss(output.stage_logits, batch["future_stages"], known, F.cross_entropy, "none")  # (M,)

@@ -203,7 +203,7 @@ def _settings_for(model_class, stored, changes, path):
     if missing: raise TypeError(f"{name}.from_pretrained: needs {missing[0]}=, which the {stored['model']} in {path.parent} does not have")
     return settings
 
-# %% ../nbs/05b_saved_models.ipynb #fac47842
+# %% ../nbs/05b_saved_models.ipynb #055032e7
 def _encoder_of(model):
     "Class name of the encoder, and what its tensors' names begin with; None and None if there is none."
     if model.encoder is None: return None, None
@@ -228,12 +228,14 @@ def _match(model, stored, tensors, whole, path):
     return {name: there for name, there in source.items() if there in tensors or name not in added}
 
 
-def _check_names(model, tensors, source, part, path):
-    "Raise unless the file has exactly the tensors that are wanted of a part, which is all names with a beginning."
+def _check_names(model, tensors, source, part, added, path):
+    "Raise unless the file has exactly the tensors that are wanted of a part, which is all names with a beginning. `added` are the file's names of tensors on top of a model."
     what = type(model).__name__
     missing = [name for name in source.values() if name not in tensors]
     if missing: raise ValueError(f"{path}: has no tensor '{missing[0]}', which a {what} of these settings needs ({len(missing)} missing). It holds another architecture.")
     surplus = sorted(set(name for name in tensors if name.startswith(part)) - set(source.values()))
+    more = [name for name in surplus if name in added]
+    if more: raise ValueError(f"{path}: has '{more[0]}' of an adapter, for which a {what} of these settings has no place ({len(more)} in all). Merge the adapters into the weights before saving: merge_lora(model, remove=True).")
     if surplus: raise ValueError(f"{path}: has the tensor '{surplus[0]}', for which a {what} of these settings has no place ({len(surplus)} in all). It holds another architecture.")
 
 
@@ -254,7 +256,7 @@ def _fill(model, tensors, source, old, new, path):
         if moves: mine[to_rows] = theirs[from_rows].to(mine)
         else: mine.copy_(theirs)
 
-# %% ../nbs/05b_saved_models.ipynb #cad1d79f
+# %% ../nbs/05b_saved_models.ipynb #a3424870
 def _find_class(base, name, path):
     "The class of this name among those derived from `base`. Raises `ValueError` if none is defined."
     below = lambda c: [c, *(d for s in c.__subclasses__() for d in below(s))]
@@ -299,7 +301,7 @@ def _load(model_class, folder, vocabulary, changes):
     model = _build(model_class, settings, changes, folder/CONFIG)
     whole = stored["model"] == model_class.__name__ and _same_question(model, stored)
     source = _match(model, stored, tensors, whole, path)
-    _check_names(model, tensors, source, "" if whole else stored["prefix"], path)
+    _check_names(model, tensors, source, "" if whole else stored["prefix"], stored.get("added", ()), path)
     model.vocabulary = known if vocabulary is None else vocabulary
     moved = known is not None and known.tokens != model.vocabulary.tokens
     _fill(model, tensors, source, known if moved else None, model.vocabulary, path)
@@ -307,7 +309,7 @@ def _load(model_class, folder, vocabulary, changes):
     model.loaded = Loaded(stored["model"], list(source), [n for n in model.state_dict() if n not in source], [n for n in tensors if n not in set(source.values())], **codes)
     return model.eval()
 
-# %% ../nbs/05b_saved_models.ipynb #3b3fdf14
+# %% ../nbs/05b_saved_models.ipynb #6b669e18
 class SavedModel(nn.Module):
     """Base of the models that are saved as folders. A subclass passes the arguments of its constructor on: `super().__init__(config, name=value, ...)`, all JSON-able.
 
@@ -347,7 +349,7 @@ class SavedModel(nn.Module):
         size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
         if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
         config = {"model": type(self).__name__, "config_class": type(self.config).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
-                  "vocabulary": None if vocabulary is None else _json_digest(json.loads(vocabulary.to_json())), "settings": self.settings}
+                  "vocabulary": None if vocabulary is None else _json_digest(json.loads(vocabulary.to_json())), "settings": self.settings} | ({"added": sorted(_added(self))} if _added(self) else {})
         json.dumps(config)  # before anything is touched
         with whole_folder(folder, replace=True) as partial: _write(partial, config, tensors, tied, vocabulary)
 

@@ -76,7 +76,7 @@ def pool_visits(
     if how == "mean": pooled = pooled / count_tokens(visit_ids, n_visits).clamp(min=1).unsqueeze(-1)
     return pooled.to(hidden.dtype)
 
-# %% ../nbs/07_aggregation.ipynb #adf5464c
+# %% ../nbs/07_aggregation.ipynb #4ddd6672
 def present_visits(
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
     n_visits: int | None = None, # V; the largest visit index + 1 if None

@@ -89,14 +89,15 @@ MODEL_TYPES = {"lstm": (LSTMConfig, SurvivalLSTM, _lstm_parameters, _lstm_memory
                "hierarchical": (HierarchicalConfig, SurvivalTransformer, _hierarchical_parameters, _hierarchical_memory)}
 SIZES = {"small": (32, 1, 2e-3), "medium": (16, 2, 1e-3), "large": (8, 4, 5e-4)} # batch size, batches accumulated, learning rate
 
-# %% ../nbs/15_configs.ipynb #350042c8
+# %% ../nbs/15_configs.ipynb #c3281129
 def _check_name(name, value, valid):
     "Raise `ValueError` for a name that is none of the valid ones."
     if value not in valid: raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
 
 
-def _check_numbers(config):
-    "Raise `ValueError` for numbers that make no sense, `TypeError` for changes that the model's configuration does not know."
+def _check_settings(config):
+    "Raise `ValueError` for unknown names and numbers that make no sense, `TypeError` for changes that the model's configuration does not know."
+    _check_name("size", config.size, SIZES); _check_name("model_type", config.model_type, MODEL_TYPES)
     for name in ("vocab_size", "batch_size", "gradient_accumulation_steps", "max_tokens", "tokens_per_visit"):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -106,7 +107,7 @@ def _check_numbers(config):
     if unknown: raise TypeError(f"changes: {unknown[0]!r} is no setting of a model of type {config.model_type}; expected some of {', '.join(known)}")
     config.model_config  # raises for sizes that do not fit together
 
-# %% ../nbs/15_configs.ipynb #0831aaea
+# %% ../nbs/15_configs.ipynb #466abd78
 @dataclass
 class EHRModelConfig:
     "What a run needs: the model's kind and sizes, and how it is fed. Raises `ValueError` for unknown names and numbers that make no sense, `TypeError` for unknown `changes`."
@@ -122,9 +123,8 @@ class EHRModelConfig:
     changes: dict = field(default_factory=dict) # settings of the model's own configuration that are not the preset's
 
     def __post_init__(self):
-        _check_name("size", self.size, SIZES); _check_name("model_type", self.model_type, MODEL_TYPES)
+        _check_settings(self)
         self.horizons = None if self.horizons is None else check_horizons(self.horizons)
-        _check_numbers(self)
     @property
     def model_config(self): # of the class that belongs to `model_type`
         "The model's own configuration: the preset, with the changes."
@@ -181,13 +181,13 @@ def get_model_config(
     inner = {name: value for name, value in changes.items() if name not in own}
     return EHRModelConfig(size, model_type, **fed | own | ({"changes": own.get("changes", {}) | inner} if inner else {}))
 
-# %% ../nbs/15_configs.ipynb #27371d56
+# %% ../nbs/15_configs.ipynb #6aeac256
 def _example_batch(config, generator):
     "A full batch of made-up patients, with the tensors and labels that the model reads."
     B, L, c = config.batch_size, config.max_tokens, min(config.tokens_per_visit, config.max_tokens)
     V, K, token = -(-L // c), len(config.horizons or [0]), torch.arange(L)
     codes = torch.randint(min(5, config.vocab_size - 1), config.vocab_size, (B, V * c), generator=generator)
-    batch = {"sequence_mask": torch.ones(B, V, dtype=torch.bool), "at_risk": torch.ones(B, V, dtype=torch.bool), "visit_weights": torch.ones(B, V),
+    batch = {"sequence_mask": torch.ones(B, V, dtype=torch.bool), "at_risk": torch.ones(B, V, dtype=torch.bool), "visit_weights": torch.ones(B, V), "horizon_shares": torch.zeros(B, V),
              "horizon_bins": torch.randint(0, K, (B, V), generator=generator), "horizon_events": torch.rand(B, V, generator=generator) < 0.3,
              "event_times": torch.randint(0, V, (B,), generator=generator), "event_indicators": torch.rand(B, generator=generator) < 0.3}
     if MODEL_TYPES[config.model_type][1].layout != "hierarchical":

@@ -487,7 +487,7 @@ def save_lora_weights(
         write_tensors(partial/ADAPTER_WEIGHTS, {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, config)
         with whole_file(partial/ADAPTER_CONFIG) as path: path.write_bytes(json.dumps(config, indent=1).encode())
 
-# %% ../nbs/08_lora.ipynb #73960bfa
+# %% ../nbs/08_lora.ipynb #5cb56c3f
 @dataclass(repr=False)
 class LoadedAdapter:
     "What a model took from the folder of an adapter. Its repr is one line."
@@ -528,7 +528,7 @@ def _adapter_shapes(model, config, base, path):
         shapes |= {n: tuple(base[n].shape) for n in config["trained"]}
     return shapes, layers
 
-
+# %% ../nbs/08_lora.ipynb #963dff75
 def _check_adapter_tensors(tensors, shapes, path):
     "Raise `ValueError` unless the file has exactly the tensors of these names and shapes."
     missing, surplus = [n for n in shapes if n not in tensors], sorted(tensors.keys() - shapes.keys())
@@ -548,7 +548,7 @@ def _check_base(model, config, base, path):
     differ = [n for n in expected if _digest_of(base[n]) != expected[n]]
     if differ: raise ValueError(f"{what}: '{differ[0]}' is another tensor ({len(differ)} of {len(expected)} differ). Load the base that it was trained on first.")
 
-
+# %% ../nbs/08_lora.ipynb #4d1666fa
 @torch.no_grad()
 def load_lora_weights(
     model: nn.Module, # the base, with or without adapters; changed in place

@@ -137,7 +137,7 @@ def prepare_cohort(
     say(f"Vocabulary of {len(vocabulary):,} tokens from the training patients; {len(store.tokens):,} tokens in {store.n_visits.sum():,} visits.")
     return Cohort(table, store, labels, split, landmarks, summary, truth)
 
-# %% ../nbs/18_benchmark.ipynb #a49ea088
+# %% ../nbs/18_benchmark.ipynb #4bb7df41
 @dataclass
 class Arm:
     "A fitted model with its costs and what it says at the landmarks."
@@ -171,7 +171,7 @@ def fit_network(
     seconds = time.perf_counter() - began
     model = trainer.accelerator.unwrap_model(trainer.model)
     risks = {part: model.predict_risk(cohort.landmarks[part], config.horizons[-1], token_budget=config.token_budget, max_tokens=config.max_tokens)[:, 0] for part in ("train", "test")}
-    return Arm(name, risks, *count_parameters(model), seconds, history, model)
+    return Arm(name, risks, *count_parameters(model)[:2], seconds, history, model)
 
 # %% ../nbs/18_benchmark.ipynb #e2f6c461
 def fit_cox(

@@ -6,7 +6,7 @@
 __all__ = ['ALPHA', 'READ_RAW', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'LoRASettings', 'check_rank', 'AdapterHolder', 'LoRALinear',
            'find_targets', 'lora_layers', 'apply_lora', 'list_adapters', 'active_adapters', 'apply_lora_to_behrt',
            'add_adapter', 'set_adapter', 'delete_adapter', 'merge_lora', 'unmerge_lora', 'assert_adapters_train',
-           'save_lora_weights', 'LoadedAdapter', 'load_lora_weights', 'energy_by_rank']
+           'save_lora_weights', 'LoadedAdapter', 'load_lora_weights']
 
 # %% ../nbs/08_lora.ipynb #47c28818
 import contextlib
@@ -578,12 +578,3 @@ def load_lora_weights(
     missing = [n for n, digest in config["trained"].items() if n not in base or _digest_of(base[n]) != digest]
     if missing: warnings.warn(f"The adapter was trained together with '{missing[0]}' ({len(missing)} tensors) which this model does not have. Save it with save_lora_weights(..., trained=True).", stacklevel=2)
     return LoadedAdapter(adapter, settings, list(targets), list(config["trained"]) if config["trained_saved"] else [], missing)
-
-# %% ../nbs/08_lora.ipynb #a8cdae58
-def energy_by_rank(
-    matrix: Tensor, # (o, d), not zero
-) -> Tensor: # (min(o, d),) in (0, 1], increasing; entry r - 1 is the share of rank r
-    "Share of the squared entries that the best approximation of each rank holds ([Eckart & Young 1936](https://doi.org/10.1007/BF02288367)). Raises `ValueError` for a matrix of zeros, or of numbers that are not finite."
-    if matrix.ndim != 2 or not matrix.isfinite().all() or not matrix.any(): raise ValueError(f"matrix: expected finite numbers, not all zero, in two dimensions, got shape {tuple(matrix.shape)}")
-    squares = torch.linalg.svdvals(matrix.detach().double()).square()
-    return squares.cumsum(0) / squares.sum()

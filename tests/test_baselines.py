@@ -88,7 +88,7 @@ def test_likelihood_of_rows_is_that_of_the_losses(seed, unit, censoring):
     assert (weight == 1).all()
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.integers(0, 10**6), st.sampled_from([1, 60]), st.sampled_from([600, 3000]), st.booleans())
 def test_risks_of_every_model(seed, unit, censoring, partial):
     "Monotone, inside (0, 1), calibrated in the large, the same for one landmark alone."

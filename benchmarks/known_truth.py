@@ -92,16 +92,14 @@ def fit_networks(train, split, epochs):
     "LSTM and BEHRT on horizon hazards."
     import torch
 
-    from ehr_sequencing.batches import BatchLoader
     from ehr_sequencing.behrt import BEHRTConfig
-    from ehr_sequencing.horizons import attach_labels
+    from ehr_sequencing.horizons import labelled_batches
     from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
     from ehr_sequencing.survival import BEHRTForSurvival
     from ehr_sequencing.training import Trainer
 
     def loader(part, shuffle):
-        rows = split[part]
-        return BatchLoader(train.store, rows, train.labels.last_at_risk[rows], 4096, 1024, shuffle=shuffle, random_end=shuffle, max_patients=16 if shuffle else None, transform=lambda b: attach_labels(b, train.store, train.labels))
+        return labelled_batches(train.store, train.labels, split[part], shuffle, token_budget=4096, max_tokens=1024)
 
     models = {}
     for name, build, rate in (("LSTM", lambda v: SurvivalLSTM(LSTMConfig.small(v), HORIZONS), 2e-3), ("BEHRT", lambda v: BEHRTForSurvival(BEHRTConfig.small(v), HORIZONS), 1e-3)):

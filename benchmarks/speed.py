@@ -1,9 +1,10 @@
-"""Real tokens per second of a full training step of masked-code prediction (forward, backward, AdamW), side by side in one process.
+"""What the library's way of computing saves, side by side in one process: a training step, pooling, and the visit LSTM.
 
-    python benchmarks/speed.py                       # small preset on the processor; about five minutes
-    python benchmarks/speed.py --device cuda --size large
+    python benchmarks/speed.py                       # all of it, small preset on the processor; about seven minutes
+    python benchmarks/speed.py --what pretraining --device cuda --size large
+    python benchmarks/speed.py --what aggregation    # pooling and the visit LSTM only
 
-Records have a heavy tail: their lengths here are log-normal with a mean of about 73 tokens, capped at 512. Compared are
+**Pre-training**: real tokens per second of a full training step of masked-code prediction (forward, backward, AdamW). Records have a heavy tail: their lengths here are log-normal with a mean of about 73 tokens, capped at 512. Compared are
 
 - ours: `BatchLoader`'s batches of similar length, `BEHRTForMLM`, which encodes in its last block, and gives logits for, the masked codes only;
 - a plain reference as a textbook has it: `nn.TransformerEncoder` with its defaults, 64 random patients padded to the longest, logits for all positions;
@@ -11,7 +12,11 @@ Records have a heavy tail: their lengths here are log-normal with a mean of abou
 - the arithmetic limit: every matrix product of our step, of its own shape, timed alone, the fastest of three. Products with our padding are among them, and attention is taken as plain products, which a fused kernel may beat. What is missing to 100 % is nearly all that is not a matrix product.
 
 All see the same masks, 15 % of the codes. Rounds are interleaved, so that a busy moment of the machine strikes all; ratios are taken within a round. Masking and batching are done before the clock starts, for all alike.
-Prints, and writes to benchmarks/results/speed.md (speed_cuda.md on a GPU). On a GPU an arm that cannot be run there is reported and left out; ours must run.
+On a GPU an arm that cannot be run there is reported and left out; ours must run. Written to speed.md.
+
+**Aggregation**: milliseconds of the forward and of the backward pass of pooling tokens to visits, against loops over patients and visits, and of the LSTM over the codes of each visit, against loops over visits. Every arm computes the same; it is checked before the clock starts. Written to aggregation_speed.md.
+
+Prints, and writes pages to benchmarks/results (with _cuda in their names on a GPU).
 """
 import contextlib
 import datetime
@@ -28,11 +33,13 @@ from fastcore.script import call_parse
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, __version__ as transformers_version
 
+from ehr_sequencing.aggregation import VISIT_POOLINGS, VisitPooling, count_tokens, pool_visits
 from ehr_sequencing.batches import BatchLoader, make_batch
 from ehr_sequencing.behrt import BEHRTConfig
 from ehr_sequencing.events import EventTable, event_table
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
 from ehr_sequencing.sequences import build_store
+from ehr_sequencing.visit_encoders import LSTMVisitEncoder
 from ehr_sequencing.vocabulary import fit_vocabulary
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -110,15 +117,15 @@ def padding_of(batches): return 1 - tokens_of(batches) / sum(b["codes"].numel() 
 
 class Clock:
     "Seconds of calls, with the device finished before and after."
-    def __init__(self, device, precision): self.device, self.precision = device, precision
+    def __init__(self, device, precision, now=time.perf_counter): self.device, self.precision, self.now = device, precision, now
     def context(self): return torch.autocast(self.device, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
     def __call__(self, function):
         if self.device == "cuda": torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = self.now()
         function()
         if self.device == "cuda": torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return self.now() - began
 
 
 def make_epoch(build, batches, clock, compiled=False):
@@ -188,16 +195,14 @@ def warm_up(epochs, device):
 def median_range(values, form="{:.2f}"): return f"{form.format(np.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-@call_parse
-def main(
-    size: str = "small", # preset: small, medium or large
-    patients: int = 0, # in an epoch of ours, of which the slow arms see a part; 2,000 if 0, and 20,000 on CUDA, whose batches are larger
-    vocab: int = 5000, # codes
-    rounds: int = 5, # interleaved repetitions
-    device: str = "cpu", # or cuda, with bfloat16
-    out: str = "", # Markdown file; under benchmarks/results if empty
-):
-    "Compare training steps and write the page."
+def where_and_when(clock):
+    "Date, machine and versions, for the head of a page."
+    where = torch.cuda.get_device_name() if clock.device == "cuda" else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{datetime.date.today()}, {where}, {clock.precision}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def pretraining(size, patients, vocab, rounds, device):
+    "Lines of the page on training steps."
     clock, patients = Clock(device, "bf16" if device == "cuda" else "fp32"), patients or (20_000 if device == "cuda" else 2000)
     store, lengths = heavy_tailed_store(patients, vocab)
     n = len(store.vocabulary)
@@ -235,8 +240,7 @@ def main(
     seconds, rate = tokens_of(ours) / np.median(speed["ours"]), peak(clock)
     shares = " and ".join(f"{operations * np.median(speed[name]) / tokens_of(ours) / rate:.0%} ({name})" for name in ("ours", "ours, compiled") if name in speed)
 
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    lines = ["# Speed of pre-training", "", f"`python benchmarks/speed.py{'' if device == 'cpu' else ' --device cuda'}{'' if size == 'small' else f' --size {size}'}`, {datetime.date.today()}, {where}, {clock.precision}, Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers_version}.", "",
+    lines = ["# Speed of pre-training", "", f"`python benchmarks/speed.py --what pretraining{'' if device == 'cpu' else ' --device cuda'}{'' if size == 'small' else f' --size {size}'}`, {where_and_when(clock)}, transformers {transformers_version}.", "",
              f"{patients:,} patients with {lengths.mean():.0f} tokens on average (log-normal, capped at {MAX_TOKENS}; half of all tokens are in records of {np.sort(lengths)[np.searchsorted(np.cumsum(np.sort(lengths)), lengths.sum() / 2)]} or more), {n:,} tokens in the vocabulary, {size} preset, dropout {DROPOUT}, "
              f"medians and ranges of {rounds} interleaved rounds. A training step is forward, backward and AdamW.", "",
              "| arm | padding | real tokens/s | ours is faster by |", "|---|---|---|---|"]
@@ -251,9 +255,145 @@ def main(
               f"**Arithmetic limit.** All matrix products of our step, each of its own shape and timed alone (the fastest of three), take {median_range(of_limit, '{:.0%}')} of the step's time: that share of the limit is reached. The step does {operations / tokens_of(ours) / 1e6:.2f} million operations a real token, those on padding included; "
               f"they run at this share of the rate of one large square product: {shares}.", "",
               f"Batching and masking {tokens_of(ours):,} tokens took {preparation:.2f} s, {preparation / seconds:.0%} of an epoch's training; worker processes of the loader can do it meanwhile."]
-    page = "\n".join(lines) + "\n"
-    print(page)
-    path = Path(out) if out else RESULTS / ("speed.md" if device == "cpu" else "speed_cuda.md")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    print(f"Written to {path.name}.")
+    return lines
+
+
+def loop_over_visits(hidden, visit_ids, n_visits):
+    "Mean of each visit's tokens, patient by patient and visit by visit, as one writes it down first."
+    rows = []
+    for x, ids in zip(hidden.unbind(), visit_ids.unbind()):
+        masks = [ids == v for v in range(n_visits)]
+        rows.append(torch.stack([x[mask].mean(0) if mask.any() else x.new_zeros(x.shape[1]) for mask in masks]))
+    return torch.stack(rows)
+
+
+def loop_over_pieces(hidden, pieces):
+    "The same where the number of tokens of each visit is known beforehand and tokens stand in the order of visits: a loop without any search."
+    return torch.stack([torch.stack([piece.mean(0) if len(piece) else x.new_zeros(x.shape[1]) for piece in x.split(sizes)[:-1]]) for x, sizes in zip(hidden.unbind(), pieces)])
+
+
+def second_dimension(hidden, visit_ids, n_visits):
+    "scatter_add along the second dimension of (B, L, d)."
+    slots = torch.where(visit_ids < 0, n_visits, visit_ids).unsqueeze(-1)
+    sums = hidden.new_zeros(len(hidden), n_visits + 1, hidden.shape[2]).scatter_add(1, slots.expand_as(hidden), hidden)
+    return sums[:, :n_visits] / count_tokens(visit_ids, n_visits).clamp(min=1).unsqueeze(-1)
+
+
+def one_hot_product(hidden, visit_ids, n_visits):
+    "A product with the (B, V, L) matrix that says which token belongs to which visit."
+    belongs = (visit_ids.unsqueeze(1) == torch.arange(n_visits, device=hidden.device).view(1, -1, 1)).to(hidden.dtype)
+    return belongs @ hidden / belongs.sum(-1, keepdim=True).clamp(min=1)
+
+
+def visit_by_visit(encoder, batch):
+    "`LSTMVisitEncoder` called for one visit after another, (B, 1, C) at a time."
+    return torch.cat([encoder({name: x[:, v:v + 1] for name, x in batch.items()}) for v in range(batch["visit_codes"].shape[1])], 1)
+
+
+def plain_loop(encoder, batch):
+    "What a textbook has: one LSTM call a visit over its padded codes, of which the state after the last real one is kept."
+    visits, x = [], encoder.code(batch["visit_codes"])
+    last = (batch["visit_mask"].sum(-1) - 1).clamp(min=0)  # (B, V)
+    for v in range(x.shape[1]):
+        states, _ = encoder.lstm(x[:, v])  # (B, C, d)
+        state = states[torch.arange(len(x), device=x.device), last[:, v]].masked_fill(~batch["visit_mask"][:, v, :1], 0)
+        visits.append(state + encoder.age(batch["visit_ages"][:, v]) + encoder.time(batch["time_features"][:, v]))
+    return torch.stack(visits, 1)
+
+
+def passes(clock, forward, inputs, repeat):
+    "Median milliseconds of a forward and of a backward pass."
+    spent = []
+    for _ in range(repeat):
+        out = []
+        first = clock(lambda: out.append(forward()))
+        gradient = torch.ones_like(out[0])
+        spent.append((1000 * first, 1000 * clock(lambda: torch.autograd.grad(out[0], inputs, gradient))))
+    return np.median(spent, axis=0)
+
+
+def compare(clock, arms, rounds):
+    "Rows of a table: medians and ranges of forward and backward passes, and how many times as long as the arm called \"ours\" they take. `arms`: name -> (forward, inputs, repeat)."
+    for forward, inputs, _ in arms.values(): torch.autograd.grad(forward().sum(), inputs)
+    spent = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items(): spent[name].append(passes(clock, *arm))
+    spent = {name: np.array(x) for name, x in spent.items()}  # (rounds, 2)
+    both = lambda x, form="{:.2f}": " | ".join(median_range(column, form) for column in x.T)
+    rows = [f"| {name} | {both(x)} | " + ("| |" if name == "ours" else f"{both(x / spent['ours'], '{:.1f}')} |") for name, x in spent.items()]
+    return ["| arm | forward, ms | backward, ms | times ours, forward | times ours, backward |", "|---|---|---|---|---|", *rows]
+
+
+def pooling(clock, rounds, B=64, L=512, V=50, d=128):
+    "Lines on tokens to visits."
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, V, (B, L), generator=generator).sort(1).values
+    ids = torch.where(torch.arange(L) < torch.randint(L // 2, L + 1, (B, 1), generator=generator), ids, -1).to(clock.device)
+    hidden = torch.randn(B, L, d, generator=generator).to(clock.device).requires_grad_()
+    counts = count_tokens(ids, V)
+    pieces = torch.cat([counts, L - counts.sum(1, keepdim=True)], 1).tolist()
+    attention = VisitPooling(d, "attention").to(clock.device)
+    means = {"ours": lambda: pool_visits(hidden, ids, V), "loop over patients and visits": lambda: loop_over_visits(hidden, ids, V), "loop, each visit's tokens known beforehand": lambda: loop_over_pieces(hidden, pieces),
+             "scatter along the second dimension": lambda: second_dimension(hidden, ids, V), "product with a matrix of zeros and ones": lambda: one_hot_product(hidden, ids, V)}
+    for f in means.values(): torch.testing.assert_close(f(), means["ours"](), atol=1e-5, rtol=1e-4)
+    others = {f"`how=\"{how}\"`": lambda how=how: pool_visits(hidden, ids, V, how) for how in VISIT_POOLINGS[1:4]} | {"`VisitPooling` with attention": lambda: attention(hidden, ids, V)}
+    arms = {name: (f, [hidden], 1 if name.startswith("loop") else 9) for name, f in (means | others).items()}
+    table = compare(clock, arms, rounds)
+    return ["## Tokens to visits", "", f"Means of the tokens of each visit, B = {B} patients, L = {L}, V = {V} visits, vectors of d = {d} numbers; rows of {L // 2} to {L} tokens, {(ids < 0).float().mean():.0%} padding.", "", *table]
+
+
+def random_visits(B, V, C, heavy, device):
+    "Visits of codes: V for each patient, of 1 to C codes; or, if `heavy`, log-normal numbers of both, up to V and C, with a median of 10 visits and of 3 codes."
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).exp()
+    n_visits = (10 * draw(B, 1)**0.9).long().clamp(1, V) if heavy else torch.full((B, 1), V)
+    n_codes = (3.3 * draw(B, V, 1)**0.8).long().clamp(1, C) if heavy else torch.randint(1, C + 1, (B, V, 1), generator=generator)
+    n_visits[0], n_codes[0, 0] = V, C
+    mask = (torch.arange(C) < n_codes) & (torch.arange(V) < n_visits).unsqueeze(-1)
+    batch = {"visit_codes": torch.randint(5, 1000, (B, V, C), generator=generator) * mask, "visit_mask": mask, "visit_ages": torch.randint(20, 90, (B, V), generator=generator), "time_features": torch.rand(B, V, 2, generator=generator)}
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def visits(clock, rounds, V=50, d=64):
+    "Lines on the LSTM over a visit's codes."
+    torch.manual_seed(0)
+    encoder, lines = LSTMVisitEncoder(1000, d).to(clock.device), []
+    for B, C, heavy in ((1, 12, False), (8, 12, False), (64, 12, False), (64, 40, True)):
+        batch = random_visits(B, V, C, heavy, clock.device)
+        arms = {"ours": lambda: encoder(batch), "the same, called for one visit after another": lambda: visit_by_visit(encoder, batch), "plain loop over visits, padded codes": lambda: plain_loop(encoder, batch)}
+        for f in arms.values(): torch.testing.assert_close(f(), arms["ours"](), atol=1e-5, rtol=1e-4)
+        rows = "visits and codes log-normal" if heavy else f"{V} visits each, 1 to {C} codes a visit"
+        lines += ["", f"**{B} patient{'s' if B > 1 else ''}**, {rows}; {batch['visit_mask'].float().mean():.0%} of (B, V, C) = ({B}, {V}, {C}) are codes.", "", *compare(clock, {name: (f, list(encoder.parameters()), 3) for name, f in arms.items()}, rounds)]
+    return ["## The LSTM over the codes of a visit", "", f"V = {V} visits, d = {d}; the backward pass gives the gradients of all parameters.", *lines]
+
+
+def aggregation(rounds, device):
+    "Lines of the page on pooling and the visit LSTM."
+    threads, clock = torch.get_num_threads(), Clock(device, "fp32", time.process_time if device == "cpu" else time.perf_counter)
+    torch.set_num_threads(1)
+    lines = ["# Speed of pooling and of the visit LSTM", "", f"`python benchmarks/speed.py --what aggregation{'' if device == 'cpu' else ' --device cuda'}`, {where_and_when(clock)}.", "",
+            f"{'Time of one processor core, which other work on the machine disturbs little. ' if device == 'cpu' else ''}Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
+    torch.set_num_threads(threads)
+    return lines
+
+
+@call_parse
+def main(
+    what: str = "all", # pretraining, aggregation or all
+    size: str = "small", # of pre-training: small, medium or large
+    patients: int = 0, # of pre-training, in an epoch of ours, of which the slow arms see a part; 2,000 if 0, and 20,000 on CUDA, whose batches are larger
+    vocab: int = 5000, # of pre-training: codes
+    rounds: int = 5, # interleaved repetitions
+    device: str = "cpu", # or cuda, with bfloat16 for pre-training
+    out: str = "", # folder of the pages; benchmarks/results if empty
+):
+    "Compare, and write the pages."
+    pages = {"pretraining": ("speed", lambda: pretraining(size, patients, vocab, rounds, device)), "aggregation": ("aggregation_speed", lambda: aggregation(rounds, device))}
+    if what not in (*pages, "all"): raise ValueError(f"what: expected {', '.join(pages)} or all, got {what!r}")
+    for name, lines in (pages.values() if what == "all" else [pages[what]]):
+        page = "\n".join(lines()) + "\n"
+        print(page)
+        path = (Path(out) if out else RESULTS) / f"{name}{'' if device == 'cpu' else '_cuda'}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        print(f"Written to {path.name}.")

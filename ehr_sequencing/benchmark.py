@@ -7,7 +7,7 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table', 'plot_survival',
            'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #1f341d8b
+# %% ../nbs/18_benchmark.ipynb #62b1e53c
 import dataclasses
 import json
 import platform
@@ -23,11 +23,10 @@ import torch
 
 from . import __version__
 from .baselines import CoxBaseline
-from .batches import BatchLoader
 from .behrt import BEHRTConfig, count_parameters
 from .bootstrap import bootstrap_concordance, interval
 from .events import EventTable, cohort_summary, sample_patients
-from .horizons import attach_labels
+from .horizons import labelled_batches
 from .jobs import whole_folder
 from .landmarks import draw_landmarks, spaced_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
@@ -138,7 +137,7 @@ def prepare_cohort(
     say(f"Vocabulary of {len(vocabulary):,} tokens from the training patients; {len(store.tokens):,} tokens in {store.n_visits.sum():,} visits.")
     return Cohort(table, store, labels, split, landmarks, summary, truth)
 
-# %% ../nbs/18_benchmark.ipynb #892f8ce0
+# %% ../nbs/18_benchmark.ipynb #a49ea088
 @dataclass
 class Arm:
     "A fitted model with its costs and what it says at the landmarks."
@@ -153,9 +152,7 @@ class Arm:
 
 def _loaders(cohort, config):
     "Batches of training and validation patients, each history ending at its last visit at risk."
-    attach = lambda batch: attach_labels(batch, cohort.store, cohort.labels)
-    return [BatchLoader(cohort.store, cohort.split[part], cohort.labels.last_at_risk[cohort.split[part]], config.token_budget, config.max_tokens,
-                        max_patients=16 if part == "train" else None, shuffle=part == "train", random_end=part == "train", seed=config.seed, transform=attach) for part in ("train", "validation")]
+    return [labelled_batches(cohort.store, cohort.labels, cohort.split[part], part == "train", token_budget=config.token_budget, max_tokens=config.max_tokens, seed=config.seed) for part in ("train", "validation")]
 
 
 def fit_network(
@@ -176,18 +173,18 @@ def fit_network(
     risks = {part: model.predict_risk(cohort.landmarks[part], config.horizons[-1], token_budget=config.token_budget, max_tokens=config.max_tokens)[:, 0] for part in ("train", "test")}
     return Arm(name, risks, *count_parameters(model), seconds, history, model)
 
-# %% ../nbs/18_benchmark.ipynb #d6dc408c
+# %% ../nbs/18_benchmark.ipynb #e2f6c461
 def fit_cox(
     name: str, # in the table
-    features: str, # "counts" or "visits"
+    features, # groups of `LandmarkFeatures`
     cohort: Cohort, # to fit on
     config: BenchmarkConfig, # horizon
 ) -> Arm: # fitted
     "Fit a `CoxBaseline` at spaced landmarks of the training patients."
     began = time.perf_counter()
-    model = CoxBaseline(features).fit(cohort.store, cohort.landmarks["fit"], cohort.landmarks["validation"])
+    model = CoxBaseline(features).fit(cohort.landmarks["fit"], cohort.landmarks["validation"])
     seconds = time.perf_counter() - began
-    risks = {part: model.predict_risk(cohort.store, cohort.landmarks[part], config.horizons[-1]) for part in ("train", "test")}
+    risks = {part: model.predict_risk(cohort.landmarks[part], config.horizons[-1])[:, 0] for part in ("train", "test")}
     return Arm(name, risks, model.n_parameters, model.n_parameters, seconds)
 
 
@@ -210,7 +207,7 @@ def fit_arms(
     say=print, # called with a line an arm
 ) -> list: # of `Arm`, in the order of the table
     "Fit all arms."
-    jobs = {"visit count only": lambda n: fit_cox(n, "visits", cohort, config), "Cox on age and counts": lambda n: fit_cox(n, "counts", cohort, config),
+    jobs = {"visit count only": lambda n: fit_cox(n, "visits", cohort, config), "Cox on age and counts": lambda n: fit_cox(n, ("age", "sex", "codes"), cohort, config),
             "LSTM": lambda n: fit_network(n, cohort, config), "BEHRT": lambda n: fit_network(n, cohort, config)}
     arms = []
     for name, job in jobs.items():

@@ -6,7 +6,7 @@
 __all__ = ['drop_tokens', 'two_views', 'TwoViews', 'nt_xent_loss', 'alignment', 'uniformity', 'view_retrieval',
            'BEHRTForContrastive']
 
-# %% ../nbs/07c_contrastive.ipynb #2c7dd57f
+# %% ../nbs/07c_contrastive.ipynb #6857134d
 import math
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .behrt import BEHRT, BEHRTConfig, check_pooling, encode_histories, need_keys
+from .behrt import BEHRT, BEHRTConfig, need_keys
+from .classification import check_pooling, encode_histories
 from .saved_models import SavedModel
 
 # %% ../nbs/07c_contrastive.ipynb #a5137eb4

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
 from ehr_sequencing.batches import BatchLoader, make_batch
-from ehr_sequencing.behrt import BEHRTConfig, prepend_cls
+from ehr_sequencing.behrt import BEHRTConfig
+from ehr_sequencing.classification import prepend_cls
 from ehr_sequencing.contrastive import BEHRTForContrastive, TwoViews, alignment, drop_tokens, nt_xent_loss, two_views, uniformity, view_retrieval
 from ehr_sequencing.events import EventTable, event_table
 from ehr_sequencing.sequences import build_store

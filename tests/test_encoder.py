@@ -10,7 +10,8 @@ from torch import nn
 
 from ehr_sequencing.aggregation import assert_no_future_leakage, pool_visits
 from ehr_sequencing.batches import BatchLoader, Compose
-from ehr_sequencing.behrt import BEHRT, BEHRTConfig, TokenGrid, grid_attention, head_masks, packed_attention, pool_sequence, prepend_cls, visit_attention_mask
+from ehr_sequencing.behrt import BEHRT, BEHRTConfig, TokenGrid, grid_attention, head_masks, packed_attention, visit_attention_mask
+from ehr_sequencing.classification import pool_sequence, prepend_cls
 from ehr_sequencing.events import EventTable, event_table
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
 from ehr_sequencing.sequences import build_store

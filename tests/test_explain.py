@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ehr_sequencing.batches import make_batch
-from ehr_sequencing.behrt import BEHRT, BEHRTConfig, prepend_cls, visit_attention_mask
-from ehr_sequencing.classification import BEHRTForSequenceClassification
+from ehr_sequencing.behrt import BEHRT, BEHRTConfig, visit_attention_mask
+from ehr_sequencing.classification import BEHRTForSequenceClassification, prepend_cls
 from ehr_sequencing.explain import (HideCodes, attention_between_visits, attention_rollout, attribute_codes, code_layer, code_summary, explained_score, history_until, patient_effects, plot_patient, risk_path,
                                     visit_attention)
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM

@@ -179,7 +179,11 @@ def test_likelihood_of_bins_is_that_of_loops_and_of_the_training_loop(case):
     weights = torch.rand(T.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sums = [sum(weights[b, v].item() * naive_nll(z[b, v], T[b, v], E[b, v]) for v in range(T.shape[1]) if at_risk[b, v]) for b in range(len(T)) if at_risk[b].any()]
     assert horizon_loss(z, T, E, at_risk, weights).item() == pytest.approx(np.mean(sums), rel=1e-9)
-    assert survival_loss(z, {"horizon_bins": T, "horizon_events": E, "at_risk": at_risk, "visit_weights": weights}).item() == pytest.approx(np.mean(sums), rel=1e-9)
+    shares = torch.rand(T.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    def broken(b, v): return 0.0 if E[b, v] or T[b, v] == z.shape[-1] else -shares[b, v].item() * math.log1p(-torch.sigmoid(z[b, v, T[b, v]]).item())
+    sums = [sum(weights[b, v].item() * (naive_nll(z[b, v], T[b, v], E[b, v]) + broken(b, v)) for v in range(T.shape[1]) if at_risk[b, v]) for b in range(len(T)) if at_risk[b].any()]
+    assert horizon_loss(z, T, E, at_risk, weights, shares).item() == pytest.approx(np.mean(sums), rel=1e-9)
+    assert survival_loss(z, {"horizon_bins": T, "horizon_events": E, "at_risk": at_risk, "visit_weights": weights, "horizon_shares": shares}).item() == pytest.approx(np.mean(sums), rel=1e-9)
 
 
 @some

@@ -129,7 +129,7 @@ def test_rows_move_by_code_between_any_two_vocabularies(tmp_path_factory, old, n
     loaded = type(model).from_pretrained(folder / "model", vocabulary=new)
     torch.manual_seed(seed + 1000)
     plain = type(model).from_settings(loaded.settings).state_dict()
-    by_token = {"encoder": ["embedding.code.weight"], "mlm": ["behrt.embedding.code.weight", "head.bias"], "binary": ["behrt.embedding.code.weight"], "lstm": ["visit_encoder.code.weight"]}[kind]
+    by_token = {"encoder": ["embedding.code.weight"], "mlm": ["behrt.embedding.code.weight", "head.bias"], "binary": ["behrt.embedding.code.weight"], "lstm": ["lstm_encoder.visit_encoder.code.weight"]}[kind]
     for name, tensor in loaded.state_dict().items():
         theirs = model.state_dict()[name]
         if name not in by_token: assert torch.equal(tensor, theirs); continue

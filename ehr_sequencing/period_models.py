@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['yearly_bins', 'period_rows', 'PeriodModel', 'LogisticBaseline', 'BoostedTreesBaseline']
 
-# %% ../nbs/14a_period_models.ipynb #cbbe1be1
+# %% ../nbs/14a_period_models.ipynb #0d8b878e
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, hstack
@@ -13,12 +13,12 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 
 from .baselines import LandmarkModel
-from .horizons import person_periods
+from .horizons import horizon_targets, person_periods, seen_shares
 from .landmarks import Landmarks
 from .outcomes import check_horizons
 from .survival import risk_within
 
-# %% ../nbs/14a_period_models.ipynb #9a95f830
+# %% ../nbs/14a_period_models.ipynb #f06d9981
 def yearly_bins(
     last_day: float, # end of follow-up
 ) -> tuple: # increasing days
@@ -37,9 +37,9 @@ def period_rows(
     if len(empty): raise ValueError(f"bins: no event falls in bin {empty[0] + 1} of {at_risk.shape[1]}, which ends on day {np.atleast_1d(bins)[empty[0]]:g}, so its hazard cannot be learned; join it with its neighbour")
     weight = at_risk.astype(float)
     if partial:
-        edges = np.concatenate([[0.0], bins])
-        seen = (landmarks.durations[:, None] - edges[:-1]) / np.diff(edges)  # (n, K): share of each bin
-        weight = np.where(~landmarks.events[:, None] & ~at_risk, np.clip(seen, 0, 1), weight)
+        shares, (stopped, _) = (f(landmarks.durations, landmarks.events, bins) for f in (seen_shares, horizon_targets))  # (n,), (n,)
+        broken = np.flatnonzero(shares > 0)
+        weight[broken, stopped[broken]] = shares[broken]
     who, step = np.nonzero(weight)
     return who, step, happened[who, step] == 1, weight[who, step]
 

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from ehr_sequencing.baselines import CoxBaseline, LandmarkFeatures, history_counts, landmark_ages
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.events import EventTable, event_table
-from ehr_sequencing.horizons import horizon_targets
+from ehr_sequencing.horizons import horizon_targets, seen_shares
 from ehr_sequencing.landmarks import Landmarks
 from ehr_sequencing.losses import discrete_time_nll
 from ehr_sequencing.med2vec import Med2Vec, Med2VecBaseline, Med2VecConfig, Med2VecFeatures, fit_med2vec, history_vectors, med2vec_codes, neighbour_counts
@@ -71,7 +71,7 @@ def test_rows_against_a_loop(follow_up, bins):
         found = list(zip(*(a.tolist() for a in period_rows(marks, bins, partial))))
         expected = [r for r in rows if partial or r[3] == 1]
         assert [r[:3] for r in found] == [r[:3] for r in expected]
-        np.testing.assert_allclose([r[3] for r in found], [r[3] for r in expected], rtol=1e-12)
+        np.testing.assert_allclose([r[3] for r in found], [r[3] for r in expected], rtol=1e-6)  # shares are float32
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,16 +79,18 @@ def test_rows_against_a_loop(follow_up, bins):
 def test_likelihood_of_rows_is_that_of_the_losses(seed, unit, censoring):
     marks = landmarks_of(STORE, seed, censoring=censoring, unit=unit)
     bins = (180, 400, 900, 1825)
-    try: who, step, outcome, weight = period_rows(marks, bins, partial=False)
+    try: period_rows(marks, bins)
     except ValueError: return assume(False)
     hazards = np.random.default_rng(seed).uniform(0.01, 0.9, (len(marks), len(bins)))
-    h = hazards[who, step]
-    targets = (torch.from_numpy(a) for a in horizon_targets(marks.durations, marks.events, bins))
-    np.testing.assert_allclose(-np.where(outcome, np.log(h), np.log1p(-h)).sum(), discrete_time_nll(torch.logit(torch.from_numpy(hazards)), *targets).sum(), rtol=1e-9)
-    assert (weight == 1).all()
+    targets = [torch.from_numpy(a) for a in (*horizon_targets(marks.durations, marks.events, bins), seen_shares(marks.durations, marks.events, bins))]
+    for partial in (True, False):
+        who, step, outcome, weight = period_rows(marks, bins, partial)
+        h = hazards[who, step]
+        np.testing.assert_allclose(-(weight * np.where(outcome, np.log(h), np.log1p(-h))).sum(), discrete_time_nll(torch.logit(torch.from_numpy(hazards)), *targets[:2 + partial]).sum(), rtol=1e-6)
+        assert partial or (weight == 1).all()
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.integers(0, 10**6), st.sampled_from([1, 60]), st.sampled_from([600, 3000]), st.booleans())
 def test_risks_of_every_model(seed, unit, censoring, partial):
     "Monotone, inside (0, 1), calibrated in the large, the same for one landmark alone."

@@ -65,7 +65,7 @@ def attention_by_class(
         return torch.cat([one(layer, *parts) for one, *parts in zip(attends, *(x.split(sizes) for x in qkv))])
     return attend
 
-# %% ../nbs/13_transformers.ipynb #f9e14072
+# %% ../nbs/13_transformers.ipynb #79622cf9
 def _run(blocks, x, attend, again):
     "Blocks one after the other; their inner results are computed again in the backward pass if `again`."
     for block in blocks: x = checkpoint(block, x, attend, use_reentrant=False) if again else block(x, attend)
@@ -95,15 +95,16 @@ class HierarchicalEncoder(SavedModel):
         "Encode the codes of each visit and pool them. A visit's vector depends on its own codes and on nothing else."
         shape, classes = batch["visit_mask"].shape, visits_by_width(batch["visit_mask"])
         if not classes: return self.project.weight.new_zeros(*shape[:2], self.hidden_size)
-        slots = torch.cat([places.repeat_interleave(mask.sum(1)) for places, mask in classes])  # (n,) visit of each code
-        codes = torch.cat([batch["visit_codes"].flatten(0, 1)[places, :mask.shape[1]][mask] for places, mask in classes])  # (n,)
-        check_tokens(codes[None], batch["visit_ages"].flatten()[slots][None], slots[None], vocab_size=self.config.vocab_size)
-        x = self.project(self.dropout(self.code_norm(self.code(codes))))  # (n, d)
+        codes, C = torch.where(batch["visit_mask"], batch["visit_codes"], PAD), shape[2]  # (B, V, C)
+        index = torch.cat([(places.unsqueeze(1) * C + torch.arange(mask.shape[1], device=mask.device))[mask] for places, mask in classes])  # (n,) place of each code in the grid
+        slots = index // C  # (n,) visit of each code
+        check_tokens(codes.flatten()[index][None], batch["visit_ages"].flatten()[slots][None], slots[None], vocab_size=self.config.vocab_size)
+        x = self.project(self.dropout(self.code_norm(self.code(codes).flatten(0, 2).index_select(0, index))))  # (n, d)
         x = self.pool_norm(_run(self.code_blocks, x, attention_by_class([mask for _, mask in classes]), self.config.gradient_checkpointing and self.training))
         return self.pool(x[None], slots[None], shape[0] * shape[1]).view(*shape[:2], -1)
 
     def forward(self, batch: dict) -> Tensor: # (B, V, hidden_size); zeros where there is no visit
-        "Encode the visits of a batch. Raises `ValueError` for a batch without hierarchical tensors, for patients without a visit, and what `check_tokens` raises."
+        "Encode the visits of a batch. Raises `ValueError` for a batch without hierarchical tensors, for patients without a visit, and what `check_tokens` raises; `TypeError` for masks that are not boolean."
         need_keys(batch, "visit_codes", "visit_mask", "sequence_mask", "visit_ages", "time_features", remedy="The encoder reads visits; make the batch with layout='hierarchical' or 'both'.")
         real = batch["sequence_mask"]  # (B, V)
         check_visits(real)

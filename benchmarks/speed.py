@@ -260,6 +260,16 @@ def pretraining(size, patients, vocab, rounds, device):
 
 def loop_over_visits(hidden, visit_ids, n_visits):
     "Mean of each visit's tokens, patient by patient and visit by visit, as one writes it down first."
+    pooled = hidden.new_zeros(len(hidden), n_visits, hidden.shape[2])
+    for b in range(len(hidden)):
+        for v in range(n_visits):
+            tokens = hidden[b][visit_ids[b] == v]
+            if len(tokens): pooled[b, v] = tokens.mean(0)
+    return pooled
+
+
+def loop_over_rows(hidden, visit_ids, n_visits):
+    "The same loop, written so that the backward pass need not fill a tensor of the size of the whole batch for every visit."
     rows = []
     for x, ids in zip(hidden.unbind(), visit_ids.unbind()):
         masks = [ids == v for v in range(n_visits)]
@@ -324,22 +334,23 @@ def compare(clock, arms, rounds):
     return ["| arm | forward, ms | backward, ms | times ours, forward | times ours, backward |", "|---|---|---|---|---|", *rows]
 
 
-def pooling(clock, rounds, B=64, L=512, V=50, d=128):
+def pooling(clock, rounds, B=64, L=512, V=50):
     "Lines on tokens to visits."
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V, (B, L), generator=generator).sort(1).values
     ids = torch.where(torch.arange(L) < torch.randint(L // 2, L + 1, (B, 1), generator=generator), ids, -1).to(clock.device)
-    hidden = torch.randn(B, L, d, generator=generator).to(clock.device).requires_grad_()
-    counts = count_tokens(ids, V)
+    counts, lines = count_tokens(ids, V), []
     pieces = torch.cat([counts, L - counts.sum(1, keepdim=True)], 1).tolist()
-    attention = VisitPooling(d, "attention").to(clock.device)
-    means = {"ours": lambda: pool_visits(hidden, ids, V), "loop over patients and visits": lambda: loop_over_visits(hidden, ids, V), "loop, each visit's tokens known beforehand": lambda: loop_over_pieces(hidden, pieces),
-             "scatter along the second dimension": lambda: second_dimension(hidden, ids, V), "product with a matrix of zeros and ones": lambda: one_hot_product(hidden, ids, V)}
-    for f in means.values(): torch.testing.assert_close(f(), means["ours"](), atol=1e-5, rtol=1e-4)
-    others = {f"`how=\"{how}\"`": lambda how=how: pool_visits(hidden, ids, V, how) for how in VISIT_POOLINGS[1:4]} | {"`VisitPooling` with attention": lambda: attention(hidden, ids, V)}
-    arms = {name: (f, [hidden], 1 if name.startswith("loop") else 9) for name, f in (means | others).items()}
-    table = compare(clock, arms, rounds)
-    return ["## Tokens to visits", "", f"Means of the tokens of each visit, B = {B} patients, L = {L}, V = {V} visits, vectors of d = {d} numbers; rows of {L // 2} to {L} tokens, {(ids < 0).float().mean():.0%} padding.", "", *table]
+    for d in (32, 128):
+        hidden, attention = torch.randn(B, L, d, generator=generator).to(clock.device).requires_grad_(), VisitPooling(d, "attention").to(clock.device)
+        means = {"ours": lambda: pool_visits(hidden, ids, V), "loop over patients and visits": lambda: loop_over_visits(hidden, ids, V), "loop, row by row": lambda: loop_over_rows(hidden, ids, V), "loop, each visit's tokens known beforehand": lambda: loop_over_pieces(hidden, pieces),
+                 "scatter along the second dimension": lambda: second_dimension(hidden, ids, V), "product with a matrix of zeros and ones": lambda: one_hot_product(hidden, ids, V)}
+        for f in means.values(): torch.testing.assert_close(f(), means["ours"](), atol=1e-5, rtol=1e-4)
+        others = {f'`how="{how}"`': lambda how=how: pool_visits(hidden, ids, V, how) for how in VISIT_POOLINGS[1:4]} | {"`VisitPooling` with attention": lambda: attention(hidden, ids, V)}
+        arms = {name: (f, [hidden], 1 if name.startswith("loop") else 9) for name, f in (means | others).items()}
+        lines += ["", f"Vectors of **d = {d}** numbers:", "", *compare(clock, arms, rounds)]
+    return ["## Tokens to visits", "", f"Means of the tokens of each visit, B = {B} patients, L = {L}, V = {V} visits; rows of {L // 2} to {L} tokens, {(ids < 0).float().mean():.0%} padding. "
+            f"A loop pays for its {B * V:,} visits, ours for the memory that it moves: its advantage shrinks as d grows, and on a machine whose memory is busy with other work.", *lines]
 
 
 def random_visits(B, V, C, heavy, device):
@@ -357,13 +368,16 @@ def random_visits(B, V, C, heavy, device):
 def visits(clock, rounds, V=50, d=64):
     "Lines on the LSTM over a visit's codes."
     torch.manual_seed(0)
-    encoder, lines = LSTMVisitEncoder(1000, d).to(clock.device), []
+    encoder, lines, rate = LSTMVisitEncoder(1000, d).to(clock.device), [], peak(clock)
     for B, C, heavy in ((1, 12, False), (8, 12, False), (64, 12, False), (64, 40, True)):
         batch = random_visits(B, V, C, heavy, clock.device)
         arms = {"ours": lambda: encoder(batch), "the same, called for one visit after another": lambda: visit_by_visit(encoder, batch), "plain loop over visits, padded codes": lambda: plain_loop(encoder, batch)}
         for f in arms.values(): torch.testing.assert_close(f(), arms["ours"](), atol=1e-5, rtol=1e-4)
         rows = "visits and codes log-normal" if heavy else f"{V} visits each, 1 to {C} codes a visit"
         lines += ["", f"**{B} patient{'s' if B > 1 else ''}**, {rows}; {batch['visit_mask'].float().mean():.0%} of (B, V, C) = ({B}, {V}, {C}) are codes.", "", *compare(clock, {name: (f, list(encoder.parameters()), 3) for name, f in arms.items()}, rounds)]
+        operations = int(batch["visit_mask"].sum()) * 2 * 2 * d * 4 * d  # products of inputs and states with the weights of four gates
+        seconds = np.median([clock(arms["ours"]) for _ in range(5)])
+        lines += ["", f"The products of a forward pass of ours, {operations / 1e6:,.0f} million operations, run at {operations / seconds / rate:.0%} of the rate of one large square product: as that share nears 100%, nothing can be much faster."]
     return ["## The LSTM over the codes of a visit", "", f"V = {V} visits, d = {d}; the backward pass gives the gradients of all parameters.", *lines]
 
 
@@ -372,7 +386,7 @@ def aggregation(rounds, device):
     threads, clock = torch.get_num_threads(), Clock(device, "fp32", time.process_time if device == "cpu" else time.perf_counter)
     torch.set_num_threads(1)
     lines = ["# Speed of pooling and of the visit LSTM", "", f"`python benchmarks/speed.py --what aggregation{'' if device == 'cpu' else ' --device cuda'}`, {where_and_when(clock)}.", "",
-            f"{'Time of one processor core, which other work on the machine disturbs little. ' if device == 'cpu' else ''}Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
+            f"{'Processor time of one core. ' if device == 'cpu' else ''}Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
     torch.set_num_threads(threads)
     return lines
 

@@ -27,7 +27,7 @@ def visit_slots(
     first = torch.arange(len(visit_ids), device=visit_ids.device).unsqueeze(1) * (n_visits + 1)  # (B, 1)
     return (first + torch.where(visit_ids >= 0, visit_ids, n_visits)).flatten(), n_visits
 
-# %% ../nbs/07_aggregation.ipynb #d47ba692
+# %% ../nbs/07_aggregation.ipynb #b4bc1cef
 def _wide(x):
     "At least single precision."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -38,16 +38,20 @@ def _add_up(x, slots, n):
     return x.new_zeros(n, x.shape[1]).scatter_add(0, slots.unsqueeze(1).expand_as(x), x)
 
 
+def _count(slots, n):
+    "Number of tokens of each slot: (N,) -> (n,)."
+    return slots.new_zeros(n).scatter_add(0, slots, torch.ones_like(slots))
+
+
 def count_tokens(
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
     n_visits: int | None = None, # V; the largest visit index + 1 if None
 ) -> Tensor: # (B, V) int64
     "Number of tokens of each visit. Raises as `visit_slots`."
     slots, n_visits = visit_slots(visit_ids, n_visits)
-    counts = slots.new_zeros(len(visit_ids) * (n_visits + 1)).scatter_add(0, slots, torch.ones_like(slots))
-    return counts.view(len(visit_ids), n_visits + 1)[:, :n_visits]
+    return _count(slots, len(visit_ids) * (n_visits + 1)).view(len(visit_ids), n_visits + 1)[:, :n_visits]
 
-# %% ../nbs/07_aggregation.ipynb #d62663ce
+# %% ../nbs/07_aggregation.ipynb #1234e97f
 VISIT_POOLINGS = ("mean", "sum", "max", "last", "attention")
 
 
@@ -69,11 +73,11 @@ def pool_visits(
     slots, n_visits = visit_slots(visit_ids, n_visits)
     (B, _, d), n = hidden.shape, len(hidden) * (n_visits + 1)
     x = hidden.flatten(0, 1)  # (B * L, d)
-    if how == "max": pooled = x.new_zeros(n, d).scatter_reduce(0, slots.unsqueeze(1).expand_as(x), x, "amax", include_self=False)
+    if how == "max": pooled = x.new_full((n, d), -math.inf).scatter_reduce(0, slots.unsqueeze(1).expand_as(x), x, "amax").masked_fill((_count(slots, n) == 0).unsqueeze(1), 0)
     elif how == "last": pooled = _last_of(x, slots, n)
     else: pooled = _add_up(_wide(x), slots, n)
+    if how == "mean": pooled = pooled / _count(slots, n).clamp(min=1).unsqueeze(1)
     pooled = pooled.view(B, n_visits + 1, d)[:, :n_visits]  # the last slot is thrown away
-    if how == "mean": pooled = pooled / count_tokens(visit_ids, n_visits).clamp(min=1).unsqueeze(-1)
     return pooled.to(hidden.dtype)
 
 # %% ../nbs/07_aggregation.ipynb #4ddd6672

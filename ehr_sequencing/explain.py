@@ -83,7 +83,7 @@ class HideCodes:
             changed[key] = codes
         return batch | changed
 
-# %% ../nbs/16c_explain.ipynb #c99322f0
+# %% ../nbs/16c_explain.ipynb #f7cdb20a
 _FLAT = ("codes", "ages", "visit_ids", "attention_mask", "times")
 _NESTED = ("visit_codes", "visit_mask")
 _VISITS = ("sequence_mask", "visit_ages", "time_features")
@@ -107,12 +107,13 @@ def history_until(
 
 
 def code_layer(
-    model: nn.Module, # with `behrt` or `visit_encoder`
+    model: nn.Module, # with `behrt`, `transformer` or `lstm_encoder`
 ) -> tuple: # the embedding of codes, the tensor of the batch that it reads
     "Where a model turns codes into vectors. Raises `ValueError` for a model without such a place."
     if hasattr(model, "behrt"): return model.behrt.embedding.code, "codes"
-    if hasattr(model, "visit_encoder"): return model.visit_encoder.code, "visit_codes"
-    raise ValueError(f"model: {type(model).__name__} has neither `behrt` nor `visit_encoder`, so there is no embedding of codes to explain")
+    if hasattr(model, "transformer"): return model.transformer.code, "visit_codes"
+    if hasattr(model, "lstm_encoder"): return model.lstm_encoder.visit_encoder.code, "visit_codes"
+    raise ValueError(f"model: {type(model).__name__} has none of `behrt`, `transformer` and `lstm_encoder`, so there is no embedding of codes to explain")
 
 
 def _to_explain(codes): return (codes != PAD) & (codes != CLS) & (codes != SEP)

@@ -6,7 +6,7 @@
 __all__ = ['ALPHA', 'READ_RAW', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'LoRASettings', 'check_rank', 'AdapterHolder', 'LoRALinear',
            'find_targets', 'lora_layers', 'apply_lora', 'list_adapters', 'active_adapters', 'apply_lora_to_behrt',
            'add_adapter', 'set_adapter', 'delete_adapter', 'merge_lora', 'unmerge_lora', 'assert_adapters_train',
-           'save_lora_weights', 'LoadedAdapter', 'load_lora_weights']
+           'save_lora_weights', 'LoadedAdapter', 'load_lora_weights', 'energy_by_rank']
 
 # %% ../nbs/08_lora.ipynb #47c28818
 import contextlib
@@ -171,7 +171,7 @@ class LoRALinear(AdapterHolder, nn.Linear):
         if self.merged: errors.append(f"{prefix}weight: has adapters merged into it ({', '.join(self.merged)}). Call unmerge_lora first.")
         else: super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-# %% ../nbs/08_lora.ipynb #158c7ed7
+# %% ../nbs/08_lora.ipynb #c61e2836
 READ_RAW = (nn.MultiheadAttention, nn.TransformerEncoderLayer) # modules that multiply with the weights of their layers themselves
 
 
@@ -203,7 +203,7 @@ def find_targets(
     target_modules, # name or names of linear layers, whole or the end after a dot; `*` stands for anything
 ) -> dict: # name -> layer
     "The layers that are meant. Raises `ValueError` for a name that matches none and for a layer on which an adapter would not work, `TypeError` for what is no name."
-    modules, found = {n: m for n, m in model.named_modules() if n}, {}
+    modules, found = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
     patterns = _patterns(target_modules, "target_modules")
     if not patterns: raise ValueError("target_modules: expected at least one name of a linear layer, got none")
     for pattern in patterns:
@@ -213,9 +213,9 @@ def find_targets(
             raise ValueError(f"target_modules: {pattern!r} matches no module of {type(model).__name__}, whose linear layers are named {', '.join(ends) or '(there are none)'}")
         found |= hits
     for name, layer in found.items(): _check_target(model, name, layer)
-    return {n: found[n] for n in modules if n in found}
+    return {n: m for n, m in model.named_modules() if any(m is f for f in found.values())}  # once, under its first name
 
-# %% ../nbs/08_lora.ipynb #04278b05
+# %% ../nbs/08_lora.ipynb #72e3efcf
 def lora_layers(
     model: nn.Module, # any model
 ) -> dict: # name -> `LoRALinear`; empty if there are no adapters
@@ -232,7 +232,8 @@ def _adapted(model):
 
 def _adapter_tensors(model):
     "Names of all tensors that belong to adapters."
-    return {f"{name}.{t}".lstrip(".") for name, layer in lora_layers(model).items() for t in layer.added_tensors}
+    named = model.named_modules(remove_duplicate=False)  # a layer may have several names
+    return {f"{name}.{t}".lstrip(".") for name, layer in named if isinstance(layer, LoRALinear) for t in layer.added_tensors}
 
 
 def _freeze(model, keep):
@@ -577,3 +578,12 @@ def load_lora_weights(
     missing = [n for n, digest in config["trained"].items() if n not in base or _digest_of(base[n]) != digest]
     if missing: warnings.warn(f"The adapter was trained together with '{missing[0]}' ({len(missing)} tensors) which this model does not have. Save it with save_lora_weights(..., trained=True).", stacklevel=2)
     return LoadedAdapter(adapter, settings, list(targets), list(config["trained"]) if config["trained_saved"] else [], missing)
+
+# %% ../nbs/08_lora.ipynb #a8cdae58
+def energy_by_rank(
+    matrix: Tensor, # (o, d), not zero
+) -> Tensor: # (min(o, d),) in (0, 1], increasing; entry r - 1 is the share of rank r
+    "Share of the squared entries that the best approximation of each rank holds ([Eckart & Young 1936](https://doi.org/10.1007/BF02288367)). Raises `ValueError` for a matrix of zeros, or of numbers that are not finite."
+    if matrix.ndim != 2 or not matrix.isfinite().all() or not matrix.any(): raise ValueError(f"matrix: expected finite numbers, not all zero, in two dimensions, got shape {tuple(matrix.shape)}")
+    squares = torch.linalg.svdvals(matrix.detach().double()).square()
+    return squares.cumsum(0) / squares.sum()

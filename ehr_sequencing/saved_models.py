@@ -203,7 +203,7 @@ def _settings_for(model_class, stored, changes, path):
     if missing: raise TypeError(f"{name}.from_pretrained: needs {missing[0]}=, which the {stored['model']} in {path.parent} does not have")
     return settings
 
-# %% ../nbs/05b_saved_models.ipynb #055032e7
+# %% ../nbs/05b_saved_models.ipynb #321f7df9
 def _encoder_of(model):
     "Class name of the encoder, and what its tensors' names begin with; None and None if there is none."
     if model.encoder is None: return None, None
@@ -217,7 +217,7 @@ def _row_names(model):
 
 def _added(model):
     "Names of the tensors that were put on top of a model, as adapters are: a folder may lack them, and they stay fresh."
-    return {f"{prefix}.{name}".lstrip(".") for prefix, module in model.named_modules() for name in getattr(module, "added_tensors", ())}
+    return {f"{prefix}.{name}".lstrip(".") for prefix, module in model.named_modules(remove_duplicate=False) for name in getattr(module, "added_tensors", ())}
 
 
 def _match(model, stored, tensors, whole, path):

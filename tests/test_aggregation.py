@@ -27,7 +27,7 @@ def nested(draw):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(C) < torch.randint(0, C + 1, (B, V, 1), generator=generator)
     x = torch.randn(B, V, C, 4, generator=generator)
-    if draw(st.booleans()): x = x.round()  # ties
+    if draw(st.booleans()): x = x.round().clamp(max=0) if draw(st.booleans()) else x.round()  # ties, also with the zeros of what is empty
     return x.masked_fill(~mask.unsqueeze(-1), PADDING), mask
 
 
@@ -83,7 +83,7 @@ def test_order_and_company_change_nothing(codes, how, seed):
     if how != "last": torch.testing.assert_close(module(*flatten(x, mask, generator), V), whole, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(nested(), HOW, st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
 def test_gradients(codes, how, dtype):
     "They are those of the loop, finite in every precision, and zero for padding, tokens of no visit and what a visit's vector does not depend on."

@@ -454,6 +454,25 @@ def test_two_adapters_on_one_base_each_in_its_folder(tmp_path):
     assert torch.equal(loaded(data), outputs["first"]) and list(list_adapters(loaded)) == ["first", "second", "third"]
 
 
+def test_adapters_on_different_layers(tmp_path):
+    "Merged, one adapter counts alone, also in layers that it is not on."
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(3, 5)
+    first, second = (filled(apply_lora(copy.deepcopy(plain), layer, 2, adapter=n)) for layer, n in (("0", "a"), ("2", "b")))
+    save_lora_weights(second, tmp_path / "b")
+    expected = {"a": first(x), "b": second(x)}
+    assert load_lora_weights(first, tmp_path / "b").layers == ["2"] and torch.equal(first(x), expected["b"])
+    for active in ("a", "b"):
+        for merged in ("a", "b"):
+            set_adapter(first, active)
+            assert torch.equal(first(x), expected[active])
+            merge_lora(first, merged)
+            torch.testing.assert_close(first(x), expected[merged], rtol=1e-5, atol=1e-5)
+            unmerge_lora(first)
+    delete_adapter(first, "a")
+    assert type(first[0]) is nn.Linear and list(lora_layers(first)) == ["2"]
+
+
 class Adapted(SavedModel):
     "Builds its adapters itself."
     config_class, encoder = BEHRTConfig, "behrt"

@@ -26,8 +26,8 @@ from ehr_sequencing.vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
 N = 20 # tokens
 KINDS = list(VISIT_ENCODERS)
-many = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-few = settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+many = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 sizes = dict(B=st.integers(1, 5), V=st.integers(1, 6), C=st.integers(1, 5), seed=st.integers(0, 9999))
 
 
@@ -171,7 +171,7 @@ def in_range(batch): return batch | {name: batch[name] % N for name in ("codes",
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_leak_check_passes_forward_and_raises_both_ways(made, kind):
     batch = in_range(make_batch(made[1], range(6), max_tokens=30))
-    for use_time in (True, False):
+    for use_time in (True, False) if kind == "mean" else (True,):
         for name, model in family(visit_encoder=kind, use_time=use_time).items():
             if name != "patient": assert_no_future_leakage(shaken(model), batch)
     for name, model in family(both=True, visit_encoder=kind).items():

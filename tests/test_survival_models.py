@@ -1,0 +1,183 @@
+"""What every model that says something at each visit must hold to, whoever wrote it: the same answer alone and in company, labels that do not depend on the layout, nothing from the future.
+
+A new model is one line in `MODELS`."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ehr_sequencing.aggregation import assert_no_future_leakage
+from ehr_sequencing.batches import make_batch
+from ehr_sequencing.behrt import BEHRTConfig
+from ehr_sequencing.horizons import attach_labels, labelled_batches
+from ehr_sequencing.lstm import LSTMBaseline, LSTMConfig, LSTMProgressionModel, SurvivalLSTM
+from ehr_sequencing.outcomes import Outcome, feature_exclusions, label_visits
+from ehr_sequencing.progression import BEHRTForProgression, Stages, attach_progression, label_progression
+from ehr_sequencing.sequences import build_store
+from ehr_sequencing.splits import split_patients
+from ehr_sequencing.survival import BEHRTForSurvival
+from ehr_sequencing.synthetic import CONDITIONS, OUTCOME_CODE, simulate_cohort
+from ehr_sequencing.transformers import HierarchicalConfig, SurvivalTransformer, TransformerProgressionModel
+from ehr_sequencing.vocabulary import fit_vocabulary
+
+HORIZONS, STAGES = (365, 1095, 1825), 5
+MODELS = {  # name -> class, class of the configuration, changes of the configuration, other arguments
+    "BEHRT, visit hazards": (BEHRTForSurvival, BEHRTConfig, {}, {}),
+    "BEHRT, horizons": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS}),
+    "BEHRT, packed, heads for visits, largest value": (BEHRTForSurvival, BEHRTConfig, {"packed": True, "visit_heads": 1}, {"horizons": HORIZONS, "pooling": "max"}),
+    "BEHRT, attention pooling": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS, "pooling": "attention"}),
+    "BEHRT, last token": (BEHRTForSurvival, BEHRTConfig, {}, {"n_bins": 3, "pooling": "last"}),
+    "BEHRT, frozen": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS, "freeze_behrt": True}),
+    "BEHRT, adapters": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS, "use_lora": True, "lora_rank": 4}),
+    "LSTM, visit hazards": (SurvivalLSTM, LSTMConfig, {}, {}),
+    "LSTM, horizons": (SurvivalLSTM, LSTMConfig, {"use_time": False}, {"horizons": HORIZONS}),
+    "LSTM, two layers, LSTM over codes": (SurvivalLSTM, LSTMConfig, {"visit_encoder": "lstm", "num_layers": 2}, {"horizons": HORIZONS}),
+    "LSTM, attention over codes": (SurvivalLSTM, LSTMConfig, {"visit_encoder": "attention"}, {"horizons": HORIZONS}),
+    "LSTM, a label at each visit": (LSTMBaseline, LSTMConfig, {}, {"level": "visit"}),
+    "hierarchical, visit hazards": (SurvivalTransformer, HierarchicalConfig, {}, {}),
+    "hierarchical, horizons, attention over codes": (SurvivalTransformer, HierarchicalConfig, {"pooling": "attention"}, {"horizons": HORIZONS}),
+    "BEHRT, progression": (BEHRTForProgression, BEHRTConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
+    "LSTM, progression": (LSTMProgressionModel, LSTMConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
+    "hierarchical, progression": (TransformerProgressionModel, HierarchicalConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
+}
+SMALL = {BEHRTConfig: {"embedding_dim": 16, "hidden_size": 32}, HierarchicalConfig: {"embedding_dim": 16, "hidden_size": 32}, LSTMConfig: {"embedding_dim": 16, "hidden_size": 32}}
+BOTH_WAYS = {BEHRTConfig: {"attention": "bidirectional"}, HierarchicalConfig: {"attention": "bidirectional"}, LSTMConfig: {"bidirectional": True}}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    "Records of 300 people, with labels of an outcome and of the stages of a disease."
+    records = simulate_cohort(300, seed=0, hazard_ratio=3)
+    outcome = Outcome(OUTCOME_CODE)
+    store = build_store(records.table, fit_vocabulary(records.table.events, exclude=feature_exclusions(outcome, records.table)))
+    stages = Stages({code: i + 1 for i, code in enumerate(dict.fromkeys(CONDITIONS["kidney disease"].codes))})
+    return records, store, label_visits(store, records.table, outcome), label_progression(store, records.table, stages, HORIZONS)
+
+
+def build(name, store, changes=None, **arguments):
+    "A model whose weights all count: what starts at zero (adapters, queries, biases) is moved."
+    kind, config, own, settings = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config.small(len(store.vocabulary), **SMALL[config] | own | (changes or {})), **settings, **arguments)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def tensors(outputs): return [outputs] if torch.is_tensor(outputs) else list(outputs)
+
+
+def company(store, n=8):
+    "Rows of very different lengths."
+    order = np.argsort(store.n_visits, kind="stable")
+    return order[np.linspace(0, len(order) - 1, n).astype(int)]
+
+
+@every_model
+@pytest.mark.parametrize("max_tokens", [512, 40])
+def test_alone_as_in_company(cohort, name, max_tokens):
+    "A patient's outputs are the same alone, beside longer records, in another order, and whichever layout the batch has besides the model's own."
+    store, model = cohort[1], build(name, cohort[1])
+    rows = company(store)
+    batch = make_batch(store, rows, max_tokens=max_tokens)
+    with torch.no_grad():
+        whole = tensors(model(batch))
+        order = np.random.default_rng(0).permutation(len(rows))
+        for mine, theirs in zip(tensors(model(make_batch(store, rows[order], max_tokens=max_tokens))), whole, strict=True):
+            real = batch["sequence_mask"][order]
+            torch.testing.assert_close(mine[real], theirs[order][real], atol=1e-5, rtol=0)
+        for b, row in enumerate(rows):
+            own = int(batch["sequence_mask"][b].sum())
+            alone = make_batch(store, [row], max_tokens=max_tokens, layout=getattr(model, "layout", "hierarchical"))
+            for mine, theirs in zip(tensors(model(alone)), whole, strict=True): torch.testing.assert_close(mine[0], theirs[b, :own], atol=1e-5, rtol=0)
+    assert all(x.isfinite().all() and x[batch["sequence_mask"]].std() > 1e-3 for x in whole)
+
+
+@every_model
+def test_no_output_sees_the_future(cohort, name):
+    "In the flat, the hierarchical and both layouts, as far as the model reads them."
+    store, model = cohort[1], build(name, cohort[1])
+    layout = getattr(model, "layout", "hierarchical")
+    for layout in (layout, "both"): assert_no_future_leakage(model, make_batch(store, company(store, 6), max_tokens=128, layout=layout))
+    assert_no_future_leakage(model, make_batch(store, [int(store.n_visits.argmax())], max_tokens=100))
+
+
+@every_model
+def test_who_reads_both_ways_says_so(cohort, name):
+    "A model that looks ahead is refused unless asked for by name; then it warns, and the leak check finds it."
+    store, changes = cohort[1], BOTH_WAYS[MODELS[name][1]]
+    with pytest.raises(ValueError, match="allow_future_leakage=True"): build(name, store, changes)
+    with pytest.warns(UserWarning, match="leaks the future"): leaking = build(name, store, changes, allow_future_leakage=True)
+    with pytest.raises(AssertionError, match="Future leakage"): assert_no_future_leakage(leaking, make_batch(store, company(store, 6), max_tokens=128))
+
+
+@every_model
+def test_patients_without_a_visit_are_refused(cohort, name):
+    "By how many and in which rows."
+    store, model = cohort[1], build(name, cohort[1])
+    batch = make_batch(store, company(store))
+    empty = {"sequence_mask": False, "attention_mask": False, "visit_mask": False, "visit_ids": -1, "codes": 0, "visit_codes": 0}
+    for key, value in empty.items():
+        batch[key] = batch[key].clone()
+        batch[key][[1, 4]] = value
+    with pytest.raises(ValueError, match=r"2 of 8 patients have no visit, in rows \[1, 4\]"): model(batch)
+
+
+@every_model
+def test_every_trained_tensor_receives_a_gradient(cohort, name):
+    "Of the model's own loss; adapters and queries are among them. What is frozen receives none."
+    _, store, labels, stages = cohort
+    model = build(name, store)
+    rows = np.flatnonzero((stages.last_at_risk if "n_stages" in MODELS[name][3] else labels.last_at_risk) >= 0)[:16]
+    batch = make_batch(store, rows)
+    batch = attach_progression(batch, store, stages) if "n_stages" in MODELS[name][3] else attach_labels(batch, store, labels)
+    if MODELS[name][0] is LSTMBaseline: batch["labels"] = batch["at_risk"].float()
+    elif "n_stages" not in MODELS[name][3] and model.horizons not in (None, labels.horizons): batch = attach_labels(make_batch(store, rows), store, label_visits(store, cohort[0].table, Outcome(OUTCOME_CODE), horizons=model.horizons))
+    loss, n = model.loss(model(batch), batch)
+    assert loss.isfinite() and n > 0
+    loss.backward()
+    silent = [tensor for tensor, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent and all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    if "freeze_behrt" in MODELS[name][3]: assert not any(p.requires_grad for p in model.behrt.parameters())
+    if "use_lora" in MODELS[name][3]: assert sum("lora_" in tensor for tensor, p in model.named_parameters() if p.requires_grad) >= 8
+
+
+LABELS = {"event_times", "event_indicators", "at_risk", "horizon_bins", "horizon_events", "visit_weights"}
+OF_LAYOUTS = {"codes", "ages", "visit_ids", "times", "attention_mask", "visit_codes", "visit_mask", "rows"}
+
+
+def by_patient(batches):
+    "Row -> what its batch says of its visits, cut to its own."
+    found = {}
+    for batch in batches:
+        for b, row in enumerate(batch["rows"].tolist()):
+            n = int(batch["sequence_mask"][b].sum())
+            found[row] = {name: x[b, :n] if x.ndim > 1 else x[b] for name, x in batch.items() if name not in OF_LAYOUTS}
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [512, 60])
+def test_labels_do_not_depend_on_the_layout(cohort, max_tokens):
+    "What BEHRT's flat batches and the LSTM's hierarchical ones say about the same patients: the same visits, the same labels, whoever shares the batch."
+    _, store, labels, _ = cohort
+    assert (BEHRTForSurvival.layout, SurvivalLSTM.layout) == ("flat", "hierarchical")
+    rows = split_patients(labels)["train"]
+    flat, nested = (by_patient(labelled_batches(store, labels, rows, layout=layout, token_budget=budget, max_tokens=max_tokens)) for layout, budget in (("flat", 2000), ("hierarchical", 3000)))
+    assert flat.keys() == nested.keys() and len(flat) == (labels.last_at_risk[rows] >= 0).sum() > 100
+    for row, mine in flat.items():
+        assert mine.keys() == nested[row].keys() >= LABELS
+        for name, x in mine.items(): assert x.equal(nested[row][name]), (row, name)
+
+
+@pytest.mark.parametrize("pair", [("BEHRT, horizons", "LSTM, horizons"), ("BEHRT, visit hazards", "hierarchical, visit hazards")])
+def test_one_batch_for_both_layouts_is_two_batches_of_one(cohort, pair):
+    "The loss of a model on a batch of both layouts is that on a batch of its own, so models can be compared on either."
+    _, store, labels, _ = cohort
+    rows = np.flatnonzero(labels.last_at_risk >= 0)[:12]
+    for name in pair:
+        model = build(name, store)
+        own_labels = labels if model.horizons is None else label_visits(store, cohort[0].table, Outcome(OUTCOME_CODE), horizons=model.horizons)
+        losses = [model.loss(model(batch), batch) for batch in (attach_labels(make_batch(store, rows, layout=layout), store, own_labels) for layout in ("both", model.layout))]
+        torch.testing.assert_close(losses[0][0], losses[1][0], atol=0, rtol=0)
+        assert losses[0][1] == losses[1][1] == len(rows)

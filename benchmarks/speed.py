@@ -383,12 +383,9 @@ def visits(clock, rounds, V=50, d=64):
 
 def aggregation(rounds, device):
     "Lines of the page on pooling and the visit LSTM."
-    threads, clock = torch.get_num_threads(), Clock(device, "fp32", time.process_time if device == "cpu" else time.perf_counter)
-    torch.set_num_threads(1)
-    lines = ["# Speed of pooling and of the visit LSTM", "", f"`python benchmarks/speed.py --what aggregation{'' if device == 'cpu' else ' --device cuda'}`, {where_and_when(clock)}.", "",
-            f"{'Processor time of one core. ' if device == 'cpu' else ''}Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
-    torch.set_num_threads(threads)
-    return lines
+    clock = Clock(device, "fp32")
+    return ["# Speed of pooling and of the visit LSTM", "", f"`python benchmarks/speed.py --what aggregation{'' if device == 'cpu' else ' --device cuda'}`, {where_and_when(clock)}.", "",
+            f"Time by the clock. Medians (and ranges) of {rounds} interleaved rounds; ratios are taken within a round. All arms of a table but those with another `how` give the same numbers.", "", *pooling(clock, rounds), "", *visits(clock, rounds)]
 
 
 @call_parse

@@ -22,7 +22,7 @@ from .losses import horizon_loss, survival_nll
 from .outcomes import check_horizons
 from .saved_models import SavedModel, evaluating
 
-# %% ../nbs/11_survival.ipynb #9f60a90b
+# %% ../nbs/11_survival.ipynb #ee41e6df
 def survival_from_logits(
     logits: Tensor, # (..., K) hazard logits
 ) -> Tensor: # (..., K) probability of surviving steps 0..k
@@ -54,7 +54,7 @@ def risk_within(
     horizons = np.atleast_1d(np.asarray(horizons, dtype=float))
     if not ((horizons > 0) & (horizons <= edges[-1])).all():
         raise ValueError(f"horizons: expected days in (0, {edges[-1]:g}], the span of the model's bins; got {horizons.tolist()}")
-    horizons = torch.tensor(horizons, device=logits.device)
+    horizons = torch.tensor(horizons.tolist(), dtype=torch.float64, device=logits.device)
     if elapsed is None: return -torch.expm1(_log_survival(logits, edges, horizons))
     begin = torch.as_tensor(elapsed, dtype=torch.float64, device=logits.device).unsqueeze(-1)  # (..., 1)
     return -torch.expm1(_log_survival(logits, edges, begin + horizons) - _log_survival(logits, edges, begin))
@@ -68,7 +68,8 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"], batch["horizon_shares"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #17c7caa3
+# %% ../nbs/11_survival.ipynb #9e6cbc59
+@torch.no_grad()
 def landmark_outputs(
     model, # callable: batch -> (B, V, ...) outputs, of which that of the last visit is wanted
     landmarks: Landmarks, # n moments
@@ -178,18 +179,22 @@ class HazardHead(nn.Module):
         "Hazard logits."
         return self.layers(x)
 
-# %% ../nbs/11_survival.ipynb #0eb1bccc
+# %% ../nbs/11_survival.ipynb #dd101a7c
 def yearly_bins(
-    horizons, # increasing days, or None
-    n_bins: int | None, # bins of 365 days, or None
-): # horizons, or None for visit hazards
-    "Ends of the calendar bins from either way of saying them. Raises `ValueError` for both at once, and for a number of bins that is no positive integer."
+    last_day: float, # end of follow-up
+) -> tuple: # increasing days
+    "Ends of bins of 365 days; the last one ends with follow-up."
+    return check_horizons((*np.arange(365.0, last_day, 365.0), last_day))
+
+
+def _chosen_bins(horizons, n_bins):
+    "Ends of the calendar bins, or None, from either way of saying them. Raises `ValueError` for both at once, and for a number of bins that is no positive integer."
     if n_bins is None: return horizons
     if horizons is not None: raise ValueError(f"n_bins: expected None where horizons are given, which say {len(np.atleast_1d(horizons))} bins; got {n_bins}")
     if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1: raise ValueError(f"n_bins: expected a positive integer, got {n_bins!r}")
-    return [365.0 * (k + 1) for k in range(n_bins)]
+    return yearly_bins(365 * n_bins)
 
-# %% ../nbs/11_survival.ipynb #53178eb0
+# %% ../nbs/11_survival.ipynb #f48b1d17
 class BEHRTForSurvival(SurvivalModel):
     "BEHRT encoder, pooling of each visit's tokens, hazard head; trained in full, with adapters, or the head alone. Refuses bidirectional attention unless told that it leaks."
     config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
@@ -205,7 +210,7 @@ class BEHRTForSurvival(SurvivalModel):
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
     ):
         check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
-        super().__init__(config, yearly_bins(horizons, n_bins), freeze_behrt=freeze_behrt, use_lora=use_lora, lora_rank=lora_rank, pooling=pooling, allow_future_leakage=allow_future_leakage)
+        super().__init__(config, _chosen_bins(horizons, n_bins), freeze_behrt=freeze_behrt, use_lora=use_lora, lora_rank=lora_rank, pooling=pooling, allow_future_leakage=allow_future_leakage)
         self.behrt, self.pooling = BEHRT(config), VisitPooling(config.hidden_size, pooling)
         self.head = HazardHead(config.hidden_size, 1 if self.horizons is None else len(self.horizons), config.dropout)
         if use_lora: apply_lora_to_behrt(self, lora_rank, train_embeddings=not freeze_behrt)

@@ -36,7 +36,8 @@ def test_import_is_light():
 
 
 def test_chapters_import_only_from_chapters_above():
-    order = {re.search(r"#\| default_exp (\w+)", source(cells(p)[0])).group(1): i for i, p in enumerate(CHAPTERS)}
+    found = [re.search(r"#\| default_exp (\w+)", source(cells(p)[0])) for p in CHAPTERS]  # none in a chapter that only uses the others
+    order = {match.group(1): i for i, match in enumerate(found) if match}
     for i, path in enumerate(CHAPTERS):
         for cell in cells(path):
             if cell["cell_type"] != "code" or "#| export" not in source(cell): continue

@@ -293,7 +293,7 @@ def _layout(config, visit_ids, attention_mask, positions, attentions):
     of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
     return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
 
-# %% ../nbs/06_behrt.ipynb #484c9fba
+# %% ../nbs/06_behrt.ipynb #3e867ffc
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -343,9 +343,9 @@ class BEHRT(SavedModel):
 
     def count_parameters(self) -> int: # all parameters
         "Number of parameters."
-        return count_parameters(self)[0]
+        return count_parameters(self).total
 
-
+# %% ../nbs/06_behrt.ipynb #5f119626
 class ParameterCount(NamedTuple):
     "How many parameters a model has, and how many of them are trained."
     total: int # all

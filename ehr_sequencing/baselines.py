@@ -18,7 +18,7 @@ from .landmarks import Landmarks
 from .metrics import concordance_index
 from .vocabulary import SPECIAL_TOKENS, offsets_of
 
-# %% ../nbs/14_baselines.ipynb #fd1117b6
+# %% ../nbs/14_baselines.ipynb #1fec9f77
 def _pieces(values, begin, end, n_values):
     "Sparse (n, n_values): how often each value occurs in values[begin[i]:end[i]]."
     offsets = offsets_of(end - begin)
@@ -32,7 +32,7 @@ def history_counts(
     landmarks: Landmarks, # moments of prediction
     tokens=None, # (T,) token ids to count; all of the vocabulary if None
     block: int = 4096, # landmarks at a time
-) -> csr_matrix: # (n, T) int64: in how many visits up to the landmark each token occurs, and once for a fact
+) -> csr_matrix: # (n, T) int64: in how many visits up to the landmark each token occurs (how often, if the store keeps copies), and once for a fact
     "Count tokens in the history of each landmark, as a sparse table."
     store, size, counted = landmarks.store, len(landmarks.store.vocabulary), []
     tokens = np.arange(size) if tokens is None else np.asarray(tokens, dtype=np.int64)
@@ -78,9 +78,9 @@ def check_vocabulary(
     if other is not vocabulary and (other.tokens, other.value_edges) != (vocabulary.tokens, vocabulary.value_edges):
         raise ValueError(f"landmarks: their store has another vocabulary ({len(other):,} tokens) than the one fitted on ({len(vocabulary):,}). Build the store with the vocabulary of the training store.")
 
-# %% ../nbs/14_baselines.ipynb #6ff14c9a
+# %% ../nbs/14_baselines.ipynb #003f111d
 class LandmarkFeatures:
-    "Scaled features at landmarks: groups among age, sex, log counts of frequent codes, and the log number of visits. Raises `ValueError` for other groups."
+    "Scaled features at landmarks: groups among age, sex, log counts of frequent codes, and the log number of visits. Raises `ValueError` for other groups, and for a number of codes below 1."
     n_parameters = 0 # numbers that were learned to make features, apart from means and scales
 
     def __init__(self,
@@ -90,6 +90,7 @@ class LandmarkFeatures:
         self.groups = (groups,) if isinstance(groups, str) else tuple(groups)
         unknown = [g for g in self.groups if g not in GROUPS]
         if unknown: raise ValueError(f"features: '{unknown[0]}' is unknown; expected some of {', '.join(GROUPS)}")
+        if max_codes is not None and (not isinstance(max_codes, int) or isinstance(max_codes, bool) or max_codes < 1): raise ValueError(f"max_codes: expected a positive integer, or None for all, got {max_codes!r}. Without codes, leave 'codes' out of the groups.")
         self.max_codes = max_codes
 
     def _choose_codes(self, train):
@@ -127,7 +128,7 @@ class LandmarkFeatures:
         codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
         return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
 
-# %% ../nbs/14_baselines.ipynb #3a3332ad
+# %% ../nbs/14_baselines.ipynb #0b1951e0
 def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
@@ -168,11 +169,12 @@ class LandmarkModel:
         landmarks: Landmarks, # moments of prediction
         horizons, # (H,) days, or one number; at most the follow-up of the training landmarks
     ) -> np.ndarray: # (n, H) probability of the event within each horizon
-        "Risk at each landmark. Raises `NotFittedError`, a `ValueError`, before `fit`, and `ValueError` for horizons outside the follow-up and for a store of another vocabulary."
+        "Risk at each landmark. Raises `NotFittedError`, a `ValueError`, before `fit`, and `ValueError` for no landmark at all, horizons outside the follow-up and a store of another vocabulary."
         self._check_fitted()
         horizons = np.ascontiguousarray(np.atleast_1d(horizons), dtype=float)
         if horizons.ndim != 1 or not ((horizons > 0) & (horizons <= self.last_day)).all():
             raise ValueError(f"horizons: expected days in (0, {self.last_day:g}], the follow-up of the training landmarks; got {horizons.tolist()}")
+        if not len(landmarks): raise ValueError("landmarks: expected at least one moment, got none")
         return self._risk(self.model, self.features.transform(landmarks), horizons)
 
     @property

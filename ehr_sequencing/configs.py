@@ -107,7 +107,7 @@ def _check_settings(config):
     if unknown: raise TypeError(f"changes: {unknown[0]!r} is no setting of a model of type {config.model_type}; expected some of {', '.join(known)}")
     config.model_config  # raises for sizes that do not fit together
 
-# %% ../nbs/15_configs.ipynb #466abd78
+# %% ../nbs/15_configs.ipynb #ed6d72b3
 @dataclass
 class EHRModelConfig:
     "What a run needs: the model's kind and sizes, and how it is fed. Raises `ValueError` for unknown names and numbers that make no sense, `TypeError` for unknown `changes`."
@@ -139,7 +139,7 @@ class EHRModelConfig:
         return self.batch_size * self.max_tokens
     @property
     def n_parameters(self) -> int: # P
-        "Parameters of the model that `build` builds."
+        "Parameters of the model that `build()` builds; its arguments, such as `use_lora`, may add some."
         return MODEL_TYPES[self.model_type][2](self.model_config, len(self.horizons or [0]))
     @property
     def total_params_millions(self) -> float: # millions

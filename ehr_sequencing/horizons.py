@@ -37,12 +37,12 @@ def horizon_targets(
     bins = np.where(within, np.searchsorted(horizons, durations, side="left"), np.searchsorted(horizons, durations, side="right"))
     return bins.astype(np.int64), within
 
-# %% ../nbs/04a_horizons.ipynb #f1a064bc
+# %% ../nbs/04a_horizons.ipynb #2e3d2bee
 def seen_shares(
     durations, # (...,) days from a visit to event or censoring
     events, # (...,) bool
     horizons, # (K,) increasing days
-) -> np.ndarray: # (...,) float32 in [0, 1): share of the bin that was seen before observation stopped in it; 0 for events and where no bin is broken
+) -> np.ndarray: # (...,) float32 in [0, 1]: share of the bin that was seen before observation stopped in it; 0 for events and where no bin is broken
     "How much of its last bin a censored visit was followed without the event. Raises as `horizon_targets`."
     bins, within = horizon_targets(durations, events, horizons)
     edges = np.concatenate([[0.0], check_horizons(horizons)])

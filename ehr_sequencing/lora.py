@@ -8,14 +8,14 @@ __all__ = ['ALPHA', 'READ_RAW', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'LoRASettin
            'add_adapter', 'set_adapter', 'delete_adapter', 'merge_lora', 'unmerge_lora', 'assert_adapters_train',
            'save_lora_weights', 'LoadedAdapter', 'load_lora_weights']
 
-# %% ../nbs/08_lora.ipynb #47c28818
+# %% ../nbs/08_lora.ipynb #0a0b45c5
 import contextlib
 import dataclasses
 import json
 import math
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__
-from .behrt import BEHRT, ParameterCount, count_parameters
+from .behrt import BEHRT, count_parameters
 from .dropout import dropout as drop
 from .jobs import whole_file, whole_folder
 from .saved_models import SavedModel, read_tensors, tensor_digest, write_tensors
@@ -171,7 +171,7 @@ class LoRALinear(AdapterHolder, nn.Linear):
         if self.merged: errors.append(f"{prefix}weight: has adapters merged into it ({', '.join(self.merged)}). Call unmerge_lora first.")
         else: super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-# %% ../nbs/08_lora.ipynb #c61e2836
+# %% ../nbs/08_lora.ipynb #79d890f5
 READ_RAW = (nn.MultiheadAttention, nn.TransformerEncoderLayer) # modules that multiply with the weights of their layers themselves
 
 
@@ -191,7 +191,7 @@ def _check_target(model, name, layer):
     "Raise `ValueError` for a layer on which an adapter would not work."
     reader = next((r for r in model.modules() if isinstance(r, READ_RAW) and any(m is layer for m in r.modules())), None)
     what = f"target_modules: '{name}' is a {type(layer).__name__}"
-    if isinstance(reader, READ_RAW) and reader is not layer: raise ValueError(f"{what} whose weight is read by {type(reader).__name__} directly: an adapter on it would be passed over. Use attention with projections of its own, such as ehr_sequencing.behrt.EncoderBlock.")
+    if reader not in (None, layer): raise ValueError(f"{what} whose weight is read by {type(reader).__name__} directly: an adapter on it would be passed over. Use attention with projections of its own, such as ehr_sequencing.behrt.EncoderBlock.")
     if isinstance(layer, nn.RNNBase): raise ValueError(f"{what}, whose kernel reads its weights directly; adapters go on linear layers. Train it in full: trainable='{name}'.")
     if type(layer) is not nn.Linear or "weight" not in layer._parameters: raise ValueError(f"{what}; expected a plain nn.Linear with a weight of its own. Name linear layers, which are called as layers.")
     shared = [n for n, m in model.named_modules() if m is not layer and any(p is layer.weight for p in m._parameters.values())]
@@ -264,7 +264,7 @@ def _kept_by(patterns, model):
         if not any(_matches(part, pattern) for n in names for part in parts(n)): raise ValueError(f"trainable: {pattern!r} matches no part of {type(model).__name__} with parameters. Its parts are {', '.join(dict.fromkeys(n.split('.')[0] for n in names))}.")
     return lambda name: any(_matches(part, pattern) for part in parts(name) for pattern in patterns)
 
-# %% ../nbs/08_lora.ipynb #1bb4c42e
+# %% ../nbs/08_lora.ipynb #4d693c03
 def apply_lora(
     model: nn.Module, # any model; changed in place
     target_modules, # name or names of linear layers, whole or the end after a dot; `*` stands for anything
@@ -276,10 +276,12 @@ def apply_lora(
 ) -> nn.Module: # the model
     """Put adapters on linear layers and freeze everything else ([Hu et al. 2022](https://arxiv.org/abs/2106.09685), section 4.1). The model computes what it did before, until the adapters are trained.
 
-    Raises `ValueError` for a model that has adapters, names that match nothing, layers on which an adapter would not work (see `find_targets`), and settings that make no sense; the model is then as it was."""
+    Raises `ValueError` for a model that has adapters, names that match nothing, layers on which an adapter would not work (see `find_targets`), a weight that is to be adapted and trained in full, and settings that make no sense; the model is then as it was."""
     there = lora_layers(model)
     if there: raise ValueError(f"model: has adapters already ({', '.join(list_adapters(model))}). Call add_adapter for another one, or name all target_modules at once.")
     settings, layers, keep = LoRASettings(rank, alpha, dropout), find_targets(model, target_modules), _kept_by(_patterns(trainable, "trainable"), model)
+    both = [name for name in layers if keep(f"{name}.weight")]
+    if both: raise ValueError(f"trainable: names the weight of '{both[0]}' too, which gets an adapter and is to stay as it is. Leave the layer out of one of the two.")
     _put_on(layers, adapter, settings)
     _freeze(model, keep)
     return model
@@ -548,21 +550,21 @@ def _check_base(model, config, base, path):
     differ = [n for n in expected if _digest_of(base[n]) != expected[n]]
     if differ: raise ValueError(f"{what}: '{differ[0]}' is another tensor ({len(differ)} of {len(expected)} differ). Load the base that it was trained on first.")
 
-# %% ../nbs/08_lora.ipynb #4d1666fa
+# %% ../nbs/08_lora.ipynb #ac78b08d
 @torch.no_grad()
 def load_lora_weights(
     model: nn.Module, # the base, with or without adapters; changed in place
     folder, # of `save_lora_weights`
     adapter: str | None = None, # name in the model; that of the folder if None
 ) -> LoadedAdapter: # what was taken
-    """Load an adapter onto the base that it was trained beside, and make it the active one. A model without adapters is frozen but for what was trained; a fresh adapter of this name, rank and place is filled.
+    """Load an adapter onto the base that it was trained beside, and make it the active one. A model without adapters is frozen but for what was trained; an adapter of this name, rank, alpha and place that is there already gets the numbers of the folder, and keeps its dropout.
 
     Raises `FileNotFoundError`, and `ValueError` for damaged files, another base, tensors that are missing, unknown or of another shape, and a name that is taken; the model is then as it was. Warns if something that was trained beside it was not saved and is another in this model."""
     path, layers = Path(folder)/ADAPTER_CONFIG, lora_layers(model)
     config = _read_adapter_config(path)
     tensors = read_tensors(path.with_name(ADAPTER_WEIGHTS), config, ADAPTER_CONFIG)
     _check_unmerged(layers, "load_lora_weights")
-    adapter, settings, base = adapter or config["adapter"], LoRASettings(**config["settings"]), _base_tensors(model)
+    adapter, settings, base = config["adapter"] if adapter is None else adapter, LoRASettings(**config["settings"]), _base_tensors(model)
     shapes, targets = _adapter_shapes(model, config, base, path)
     _check_adapter_tensors(tensors, shapes, path.with_name(ADAPTER_WEIGHTS))
     _check_base(model, config, base, path)
@@ -577,4 +579,4 @@ def load_lora_weights(
     for layer in lora_layers(model).values(): layer.set_adapter((adapter,))
     missing = [n for n, digest in config["trained"].items() if n not in base or _digest_of(base[n]) != digest]
     if missing: warnings.warn(f"The adapter was trained together with '{missing[0]}' ({len(missing)} tensors) which this model does not have. Save it with save_lora_weights(..., trained=True).", stacklevel=2)
-    return LoadedAdapter(adapter, settings, list(targets), list(config["trained"]) if config["trained_saved"] else [], missing)
+    return LoadedAdapter(adapter, list_adapters(model)[adapter], list(targets), list(config["trained"]) if config["trained_saved"] else [], missing)

@@ -131,7 +131,7 @@ class Med2Vec(SavedModel):
         if not n: raise ValueError("batch: no patient has a visit, so there is nothing to learn from")
         return (_visit_term(outputs.logits, held, mask, self.config.window) + _code_term(self.code.weight, held[mask])) / n, n
 
-# %% ../nbs/14b_med2vec.ipynb #07c3a333
+# %% ../nbs/14b_med2vec.ipynb #72a06c8b
 def fit_med2vec(
     store: SequenceStore, # where the patients are
     rows, # rows of the training patients, and of no others
@@ -144,9 +144,10 @@ def fit_med2vec(
     device: str = "cpu", # where to train
     show_progress: bool = False, # tell the loss
 ) -> Med2Vec: # in evaluation mode, with the vocabulary of the store
-    "Train Med2Vec. Raises `ValueError` for a configuration of another vocabulary, or if the loss is not finite."
+    "Train Med2Vec. Raises `ValueError` for a configuration of another vocabulary, less than one epoch, or if the loss is not finite."
     config = Med2VecConfig(len(store.vocabulary)) if config is None else config
     if config.vocab_size != len(store.vocabulary): raise ValueError(f"config: vocab_size is {config.vocab_size:,}, and the store's vocabulary has {len(store.vocabulary):,} tokens. Use Med2VecConfig(len(store.vocabulary)).")
+    if epochs < 1: raise ValueError(f"epochs: expected a whole number, at least 1, got {epochs}")
     loader = BatchLoader(store, row_numbers(rows, len(store)), token_budget=token_budget, max_tokens=max_tokens, shuffle=True, random_end=True, seed=seed, layout="hierarchical")
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left alone
         torch.manual_seed(seed)

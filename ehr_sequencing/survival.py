@@ -179,12 +179,12 @@ class HazardHead(nn.Module):
         "Hazard logits."
         return self.layers(x)
 
-# %% ../nbs/11_survival.ipynb #dd101a7c
+# %% ../nbs/11_survival.ipynb #5e3c94d9
 def yearly_bins(
     last_day: float, # end of follow-up
 ) -> tuple: # increasing days
-    "Ends of bins of 365 days; the last one ends with follow-up."
-    return check_horizons((*np.arange(365.0, last_day, 365.0), last_day))
+    "Ends of bins of 365 days; the last one ends with follow-up, and takes in what is left over if that is less than half a year."
+    return check_horizons((*np.arange(365.0, last_day - 182, 365.0), last_day))
 
 
 def _chosen_bins(horizons, n_bins):

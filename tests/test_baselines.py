@@ -123,6 +123,15 @@ def test_life_table_is_events_by_exposure(seed, unit):
     np.testing.assert_allclose(model.predict_hazards(marks)[0], np.bincount(step, outcome) / np.bincount(step, weight), rtol=1e-5)
 
 
+def test_a_day_more_than_years_of_follow_up_is_no_bin_of_its_own():
+    "Without being told, the bins are years; a last one of a day would hold no event."
+    marks = landmarks_of(STORE, 1, censoring=1000)
+    marks.durations[0], marks.events[0] = 1096.25, False
+    model = LogisticBaseline(penalties=(0.1,)).fit(marks, marks)
+    assert model.edges == (365, 730, 1096.25) and yearly_bins(930) == (365, 730, 930) and yearly_bins(100) == (100,)
+    assert np.isfinite(model.predict_risk(marks, [365, 1096])).all()
+
+
 @pytest.mark.parametrize("penalty", [1e-8, 0.05, 1.0])
 def test_logistic_against_dense_rows(penalty):
     "scikit-learn on rows written out with a dummy for each bin; the dummies scaled so that the penalty leaves them alone."
@@ -230,6 +239,10 @@ def test_errors():
     for wrong in (0, -1, [365, float("nan")], float("inf"), [[100]]):
         with pytest.raises(ValueError, match="expected days in"): fitted.predict_risk(train, wrong)
     with pytest.raises(ValueError, match="which ends on day 1825"): LogisticBaseline(bins=(365, 1824.5, 1825)).fit(train, train)
+    for model in (fitted, BoostedTreesBaseline(sizes=((4, 10),), bins=(900, 1825)).fit(train, train)):
+        with pytest.raises(ValueError, match="landmarks: expected at least one moment"): model.predict_risk(train.take([]), 365)
+    for wrong in (0, -3, 2.0, True):
+        with pytest.raises(ValueError, match="max_codes: expected a positive integer"): LogisticBaseline(max_codes=wrong)
     with pytest.raises(ValueError, match="nothing of visits varies"): CoxBaseline("visits").fit(Landmarks(STORE, train.rows, np.zeros_like(train.visits), train.durations, train.events), train)
 
 

@@ -39,7 +39,7 @@ def batch(seed=0):
     visits = torch.ones(4, 6, dtype=torch.bool)
     return {"codes": codes, "visit_ids": visit_ids, "ages": 40 + visit_ids, "times": visit_ids * 50.0, "attention_mask": torch.ones(4, 12, dtype=torch.bool), "labels": torch.tensor([0.0, 1, 1, 0]),
             "visit_codes": codes.view(4, 6, 2), "visit_mask": torch.ones(4, 6, 2, dtype=torch.bool), "sequence_mask": visits, "visit_ages": 40 + torch.arange(6).repeat(4, 1), "time_features": torch.rand(4, 6, 2, generator=g),
-            "horizon_bins": torch.randint(0, 2, (4, 6), generator=g), "horizon_events": torch.rand(4, 6, generator=g) < 0.5, "at_risk": visits, "visit_weights": torch.ones(4, 6),
+            "horizon_bins": torch.randint(0, 2, (4, 6), generator=g), "horizon_events": torch.rand(4, 6, generator=g) < 0.5, "horizon_shares": torch.rand(4, 6, generator=g), "at_risk": visits, "visit_weights": torch.ones(4, 6),
             "event_times": torch.tensor([2, 5, 3, 4]), "event_indicators": torch.tensor([True, False, True, True])}
 
 
@@ -206,7 +206,7 @@ def test_refusals_leave_a_model_as_it_was():
              (ValueError, "alpha", lambda m: apply_lora_to_behrt(m, alpha=float("nan"))), (ValueError, "alpha", lambda m: apply_lora_to_behrt(m, alpha=-1)), (ValueError, "dropout", lambda m: apply_lora_to_behrt(m, dropout=1)),
              (ValueError, "adapter: expected a name", lambda m: apply_lora_to_behrt(m, adapter="a.b")), (ValueError, "adapter: expected a name", lambda m: apply_lora_to_behrt(m, adapter="values")),
              (ValueError, "'keyy' matches no module", lambda m: apply_lora(m, ["query", "keyy"])), (TypeError, "target_modules: expected names, got int", lambda m: apply_lora(m, [3])), (ValueError, "a Embedding", lambda m: apply_lora(m, "embedding.code")),
-             (ValueError, "trainable: 'heads' matches no part", lambda m: apply_lora(m, "query", trainable="heads")), (ValueError, "has no adapters", merge_lora), (ValueError, "has no adapters", unmerge_lora), (ValueError, "has no adapters", lambda m: add_adapter(m, "x"))]
+             (ValueError, "trainable: 'heads' matches no part", lambda m: apply_lora(m, "query", trainable="heads")), (ValueError, "trainable: names the weight of 'behrt.blocks.0.attention.query' too", lambda m: apply_lora(m, "query", rank=2, trainable=["head", "attention"])), (ValueError, "has no adapters", merge_lora), (ValueError, "has no adapters", unmerge_lora), (ValueError, "has no adapters", lambda m: add_adapter(m, "x"))]
     for error, text, call in calls:
         model = made("classifier")
         before = snapshot(model)
@@ -452,6 +452,24 @@ def test_two_adapters_on_one_base_each_in_its_folder(tmp_path):
     unmerge_lora(loaded)
     assert load_lora_weights(loaded, tmp_path / "first", adapter="third").adapter == "third" and active_adapters(loaded) == ("third",)
     assert torch.equal(loaded(data), outputs["first"]) and list(list_adapters(loaded)) == ["first", "second", "third"]
+
+
+def test_an_adapter_that_is_there_is_filled_and_keeps_its_dropout(saved):
+    model, folder = saved
+    other = filled(apply_lora_to_behrt(made("classifier"), rank=3, train_embeddings=False, dropout=0.3), seed=5)
+    report = load_lora_weights(other, folder)
+    assert report.settings == list_adapters(other)["default"] == LoRASettings(3, dropout=0.3) and report.missing == []
+    assert torch.equal(other.eval()(batch()), model.eval()(batch()))
+    with pytest.raises(ValueError, match="adapter: expected a name of letters"): load_lora_weights(made("classifier"), folder, adapter="")
+
+
+def test_the_bias_of_an_adapted_layer_may_be_trained():
+    model = apply_lora(made("classifier"), "query", rank=2, trainable="query.bias")
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n] == [f"behrt.blocks.{i}.attention.query.bias" for i in (0, 1)]
+    before = snapshot(model)
+    steps(model.train(), batch())
+    merge_lora(model); unmerge_lora(model)
+    assert all(torch.equal(t, before[n]) != n.endswith("query.bias") for n, t in model.state_dict().items() if "lora_" not in n)
 
 
 def test_adapters_on_different_layers(tmp_path):

@@ -55,7 +55,7 @@ def _hierarchical_parameters(c, K):
     e, d = c.embedding_dim, c.hidden_size
     return c.vocab_size * e + 2 * e + _linear(e, d) + _blocks(c) + (c.max_age + 2 + 2 * c.use_time + (c.pooling == "attention")) * d + _positions(c, d) + 6 * d + _head(d, K)
 
-# %% ../nbs/15_configs.ipynb #6db7e19d
+# %% ../nbs/15_configs.ipynb #65a01179
 def _block_numbers(c, copies, mask):
     "Numbers kept for one place of one block; `copies` vectors of width d, `mask` numbers of the attention mask."
     return copies * c.hidden_size + 2 * c.intermediate_size + mask + c.num_heads + 4
@@ -73,7 +73,7 @@ def _behrt_memory(c, B, L, V, K):
 
 
 def _lstm_memory(c, B, L, V, K):
-    "As `_behrt_memory`, for the LSTM; visit encoders other than those that pool keep more."
+    "As `_behrt_memory`, for the LSTM; visit encoders other than mean and sum keep more."
     e, d, N, directions = c.embedding_dim, c.hidden_size, c.num_layers, 1 + c.bidirectional
     return 2 * B * L + B * V * (directions * d * (15.5 * N + 3 * N - 2 + 2.5) + 3 * e + 6 * K), 0
 
@@ -107,7 +107,7 @@ def _check_settings(config):
     if unknown: raise TypeError(f"changes: {unknown[0]!r} is no setting of a model of type {config.model_type}; expected some of {', '.join(known)}")
     config.model_config  # raises for sizes that do not fit together
 
-# %% ../nbs/15_configs.ipynb #ed6d72b3
+# %% ../nbs/15_configs.ipynb #d5615b8c
 @dataclass
 class EHRModelConfig:
     "What a run needs: the model's kind and sizes, and how it is fed. Raises `ValueError` for unknown names and numbers that make no sense, `TypeError` for unknown `changes`."
@@ -151,7 +151,7 @@ class EHRModelConfig:
         return {name: 4 * n / 1e9 for name, n in zip(("weights", "optimizer", "gradients", "activations", "in passing"), (self.n_parameters, 2 * self.n_parameters, self.n_parameters, *numbers))}
     @property
     def memory_estimate_gb(self) -> float: # GB (10**9 bytes)
-        "Highest memory of training in float32 on a CPU, Python and its libraries and the batch itself apart: the equation above."
+        "Highest memory of training in float32 on a CPU, Python and its libraries and the batch itself apart: the equation above. Too low with `attention_dropout`, `visit_heads` or `packed`, and with visit encoders other than mean and sum."
         parts = self.memory_parts()
         always = parts["weights"] + parts["optimizer"] + parts["gradients"] * (self.gradient_accumulation_steps > 1)
         return max(always + parts["activations"] + parts["in passing"], parts["weights"] + parts["optimizer"] + parts["gradients"])

@@ -324,7 +324,7 @@ def apply_lora_to_behrt(
     _freeze(model, lambda name: train_embeddings if name.startswith(f"{prefix}embedding.") else train_head and not name.startswith(prefix))
     return model
 
-# %% ../nbs/08_lora.ipynb #1b6ac97d
+# %% ../nbs/08_lora.ipynb #b04a78de
 def _check_unmerged(layers, what):
     "Raise `ValueError` while adapters are merged."
     merged = next((layer.merged for layer in layers.values() if layer.merged), ())
@@ -365,7 +365,7 @@ def set_adapter(
     adapters = _check_known(model, adapters)
     for layer in layers.values(): layer.set_adapter(adapters)
 
-
+# %% ../nbs/08_lora.ipynb #7b710ad6
 def _plain(model):
     "Turn layers without adapters into what they were. A saved model that builds its adapters (`use_lora`) is told if it has none any more."
     for layer in lora_layers(model).values():

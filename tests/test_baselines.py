@@ -301,6 +301,17 @@ def test_med2vec_sees_only_the_rows_given_and_draws_from_its_seed():
     assert (med2vec_codes(first).vectors >= 0).all()
 
 
+def test_med2vec_features_are_learned_from_the_patients_of_the_landmarks():
+    config = Med2VecConfig(len(STORE.vocabulary), 8, 8)
+    marks = landmarks_of(STORE, 3, n=40)
+    learned = Med2VecFeatures(config=config, epochs=1, seed=3).fit(marks).model
+    assert all(torch.equal(a, b) for a, b in zip(learned.parameters(), fit_med2vec(STORE, np.arange(40), config, epochs=1, seed=3).parameters(), strict=True))
+    given = Med2VecFeatures(learned)
+    before = {n: t.clone() for n, t in learned.state_dict().items()}
+    given.fit(landmarks_of(STORE, 4))  # a model that is given is not trained
+    assert given.model is learned and all(torch.equal(t, before[n]) for n, t in learned.state_dict().items())
+
+
 def test_med2vec_risk_is_blind_to_what_follows():
     "A landmark in a record that ends there has the same risk."
     store = made_store(200, 8)

@@ -143,7 +143,7 @@ def test_every_trained_tensor_receives_a_gradient(cohort, name):
     if "use_lora" in MODELS[name][3]: assert sum("lora_" in tensor for tensor, p in model.named_parameters() if p.requires_grad) >= 8
 
 
-LABELS = {"event_times", "event_indicators", "at_risk", "horizon_bins", "horizon_events", "visit_weights"}
+LABELS = {"event_times", "event_indicators", "at_risk", "horizon_bins", "horizon_events", "horizon_shares", "visit_weights"}
 OF_LAYOUTS = {"codes", "ages", "visit_ids", "times", "attention_mask", "visit_codes", "visit_mask", "rows"}
 
 

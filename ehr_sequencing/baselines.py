@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['GROUPS', 'history_counts', 'landmark_ages', 'check_vocabulary', 'LandmarkFeatures', 'LandmarkModel', 'CoxBaseline']
 
-# %% ../nbs/14_baselines.ipynb #8c8c9f86
+# %% ../nbs/14_baselines.ipynb #595cfb57
+import copy
+
 import numpy as np
 import pandas as pd
 from lifelines import CoxPHFitter
@@ -128,7 +130,7 @@ class LandmarkFeatures:
         codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
         return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
 
-# %% ../nbs/14_baselines.ipynb #0b1951e0
+# %% ../nbs/14_baselines.ipynb #be14cbcf
 def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
@@ -150,6 +152,7 @@ class LandmarkModel:
     ): # -> self
         "Fit for each setting, keep the one with the highest validation C at the end of follow-up. Raises `ValueError` without an event in either, or if no fit converges."
         _check_fitting(train, "train"); _check_fitting(validation, "validation")
+        self.features = copy.copy(self.features)  # a model that was fitted with the same object keeps its own
         x, unseen = self.features.fit(train).transform(train), self.features.transform(validation)
         self.model, self.last_day, best = None, float(self._span(train)), -np.inf
         for setting in self.settings:

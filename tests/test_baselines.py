@@ -189,6 +189,17 @@ def test_a_model_keeps_no_patient():
         assert (len(train),) not in held and len(pickle.dumps(model)) < 300_000
 
 
+def test_models_may_be_given_the_same_features():
+    "Fitting the second on other landmarks does not move the first."
+    asked, config = landmarks_of(STORE, 3), Med2VecConfig(len(STORE.vocabulary), 8, 8)
+    for features in (LandmarkFeatures(), Med2VecFeatures(config=config, epochs=1)):
+        first = CoxBaseline(features).fit(landmarks_of(STORE, 1), landmarks_of(STORE, 2))
+        before = first.predict_risk(asked, 300)
+        second = CoxBaseline(features).fit(landmarks_of(STORE, 7, n=150), landmarks_of(STORE, 2))
+        np.testing.assert_array_equal(first.predict_risk(asked, 300), before)
+        assert abs(second.predict_risk(asked, 300) - before).max() > 1e-3 and not hasattr(features, "mean")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_counts_against_a_loop(seed):
     store = made_store(40, seed, unknown=0.3)

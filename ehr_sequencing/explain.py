@@ -83,7 +83,7 @@ class HideCodes:
             changed[key] = codes
         return batch | changed
 
-# %% ../nbs/16c_explain.ipynb #f7cdb20a
+# %% ../nbs/16c_explain.ipynb #f96574c2
 _FLAT = ("codes", "ages", "visit_ids", "attention_mask", "times")
 _NESTED = ("visit_codes", "visit_mask")
 _VISITS = ("sequence_mask", "visit_ages", "time_features")
@@ -107,13 +107,14 @@ def history_until(
 
 
 def code_layer(
-    model: nn.Module, # with `behrt`, `transformer` or `lstm_encoder`
+    model: nn.Module, # with `behrt`, `transformer` or `visit_encoder`, or an `lstm_encoder` that has one
 ) -> tuple: # the embedding of codes, the tensor of the batch that it reads
     "Where a model turns codes into vectors. Raises `ValueError` for a model without such a place."
     if hasattr(model, "behrt"): return model.behrt.embedding.code, "codes"
     if hasattr(model, "transformer"): return model.transformer.code, "visit_codes"
-    if hasattr(model, "lstm_encoder"): return model.lstm_encoder.visit_encoder.code, "visit_codes"
-    raise ValueError(f"model: {type(model).__name__} has none of `behrt`, `transformer` and `lstm_encoder`, so there is no embedding of codes to explain")
+    encoder = getattr(model, "lstm_encoder", model)
+    if hasattr(encoder, "visit_encoder"): return encoder.visit_encoder.code, "visit_codes"
+    raise ValueError(f"model: {type(model).__name__} has none of `behrt`, `transformer` and `visit_encoder`, so there is no embedding of codes to explain")
 
 
 def _to_explain(codes): return (codes != PAD) & (codes != CLS) & (codes != SEP)
@@ -144,7 +145,7 @@ def _integrate(model, one, options, baseline, n_steps):
     values = vectors.sum(-1).detach()
     return values[:, values.shape[1] - one[key].shape[1]:], *scores  # a model that puts [CLS] in front has one place more
 
-# %% ../nbs/16c_explain.ipynb #5e6cb363
+# %% ../nbs/16c_explain.ipynb #67a37090
 @dataclass
 class Attributions:
     "What `attribute_codes` found. Both tables describe single patients: keep them where the records are kept."
@@ -163,15 +164,15 @@ def _token_table(one, key, values, row, vocabulary):
 
 def _explain_one(model, one, options, baseline, n_steps, tolerance, row):
     "Attributions of one patient with as many points as they need, and the line of the check."
-    for steps in (n_steps, 2 * n_steps, 4 * n_steps, 8 * n_steps):
+    for steps in [n_steps * 2**k for k in range(6)]:
         values, score, base = _integrate(model, one, options, baseline, steps)
         gap = values.sum().item() - (score - base)
         if abs(gap) <= tolerance * max(values.abs().sum().item(), 1e-6): return values, {"row": row, "landmark": one["sequence_mask"].shape[1] - 1, "score": score, "baseline": base, "gap": gap, "n_steps": steps}
     raise ValueError(f"n_steps: with {steps} points the attributions of row {row} miss the difference of scores by more than {tolerance:.1%} of the sum of their sizes. Raise n_steps")
 
-# %% ../nbs/16c_explain.ipynb #05f75964
+# %% ../nbs/16c_explain.ipynb #7f799b17
 def attribute_codes(
-    model: nn.Module, # `BEHRTForSurvival`, `SurvivalLSTM`, `BEHRTForSequenceClassification`, or another with `behrt` or `visit_encoder`
+    model: nn.Module, # `BEHRTForSurvival`, `SurvivalLSTM`, `BEHRTForSequenceClassification`, `SurvivalTransformer`, or another that `code_layer` knows
     batch: dict, # from `make_batch`
     vocabulary: Vocabulary, # of the model
     rows=None, # patients of the batch; all if None
@@ -180,7 +181,7 @@ def attribute_codes(
     label: int = 0, # which output, for classifiers
     scale: str = "log_hazard", # one of `SCALES`
     baseline: str = "[MASK]", # token that stands for "not known"
-    n_steps: int = 16, # points on the path; doubled up to three times where they are too few
+    n_steps: int = 16, # points on the path; doubled up to five times where they are too few
     tolerance: float = 0.01, # what the attributions may miss, relative to the sum of their sizes
 ) -> Attributions: # of every token, and the check of every patient
     """Integrated gradients of the score over the embedding of codes (Sundararajan, Taly & Yan 2017, equation 1). Nothing is written or logged.

@@ -9,6 +9,7 @@ from torch import nn
 from ehr_sequencing.aggregation import assert_no_future_leakage
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.behrt import BEHRTConfig
+from ehr_sequencing.explain import attribute_codes
 from ehr_sequencing.horizons import attach_labels, labelled_batches
 from ehr_sequencing.lstm import LSTMBaseline, LSTMConfig, LSTMProgressionModel, SurvivalLSTM
 from ehr_sequencing.outcomes import Outcome, feature_exclusions, label_visits
@@ -181,3 +182,64 @@ def test_one_batch_for_both_layouts_is_two_batches_of_one(cohort, pair):
         losses = [model.loss(model(batch), batch) for batch in (attach_labels(make_batch(store, rows, layout=layout), store, own_labels) for layout in ("both", model.layout))]
         torch.testing.assert_close(losses[0][0], losses[1][0], atol=0, rtol=0)
         assert losses[0][1] == losses[1][1] == len(rows)
+
+
+OF_HAZARDS = [name for name, (kind, *_) in MODELS.items() if kind is not LSTMBaseline]
+ON_A_CALENDAR = [name for name in OF_HAZARDS if "visit hazards" not in name]
+
+
+def labelled(cohort, name, model, rows):
+    "The batch that a model of hazards is trained on."
+    records, store, _, stages = cohort
+    batch = make_batch(store, rows)
+    if "n_stages" in MODELS[name][3]: return attach_progression(batch, store, stages)
+    return attach_labels(batch, store, label_visits(store, records.table, Outcome(OUTCOME_CODE), horizons=model.horizons or HORIZONS))
+
+
+@pytest.mark.parametrize("name", OF_HAZARDS)
+def test_the_loss_counts_those_at_risk(cohort, name):
+    "The mean of a step over several batches is that of all their patients, also if some are never at risk."
+    store, model = cohort[1], build(name, cohort[1])
+    rows = [int(r) for r in np.argsort(cohort[3].last_at_risk)[[0, 1, -1, -2, -3, -4, -5]]]
+    never = [0, 3]
+    def batch_of(rows, whom):
+        batch = labelled(cohort, name, model, rows)
+        batch["at_risk"] = batch["at_risk"].clone().index_fill(0, torch.tensor(whom, dtype=torch.long), False)
+        return batch | {"event_times": batch["event_times"].index_fill(0, torch.tensor(whom, dtype=torch.long), -1)}
+    with torch.no_grad(): (first, n), (second, m), (both, total) = (model.loss(model(b), b) for b in (batch_of(rows[:4], never), batch_of(rows[4:], []), batch_of(rows, never)))
+    assert n < 4 and n + m == total
+    torch.testing.assert_close((first * n + second * m) / total, both, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ON_A_CALENDAR)
+def test_risk_is_asked_at_real_visits(cohort, name):
+    "One visit a row; padding has no risk to give."
+    store, model = cohort[1], build(name, cohort[1])
+    batch = make_batch(store, company(store, 4))
+    last = batch["sequence_mask"].sum(1) - 1
+    assert model.predict_risk(batch, 365, visits=last).equal(model.predict_risk(batch, 365))
+    for wrong in (last + 1, last - last.max() - 1, last[:1]):
+        with pytest.raises(ValueError, match="visits: expected for each of the 4 rows one of its real visits"): model.predict_risk(batch, 365, visits=wrong)
+
+
+@pytest.mark.parametrize("name", ON_A_CALENDAR)
+def test_half_precision_has_risks_in_single_precision(cohort, name):
+    "The network's rounding stays; that of the sum over bins is not added."
+    store, model = cohort[1], build(name, cohort[1])
+    batch = make_batch(store, company(store, 4))
+    whole = model.predict_risk(batch)
+    half = model.to(torch.bfloat16).predict_risk(batch)
+    assert half.dtype == whole.dtype == torch.float32
+    torch.testing.assert_close(half, whole, atol=0.02, rtol=0)
+    outputs = model._logits(batch)[torch.arange(4), batch["sequence_mask"].sum(1) - 1]
+    torch.testing.assert_close(half, 1 - (1 - outputs.double().sigmoid()).cumprod(-1).float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_HAZARDS)
+def test_codes_are_explained_whatever_is_trained(cohort, name):
+    "Integrated gradients add up to the difference of the scores; a frozen encoder lets them through."
+    store, model = cohort[1], build(name, cohort[1])
+    row = int(np.argsort(store.n_visits)[len(store) // 4])
+    found = attribute_codes(model, make_batch(store, [row]), store.vocabulary, tolerance=0.05)
+    assert found.tokens["attribution"].abs().max() > 0 and not any(p.grad is not None for p in model.parameters())
+    assert abs(found.tokens["attribution"].sum() - found.patients["score"][0] + found.patients["baseline"][0]) <= 0.05 * found.tokens["attribution"].abs().sum() + 1e-6

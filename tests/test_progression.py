@@ -114,3 +114,8 @@ def test_a_prefix_means_what_an_outcome_means():
     assert STAGES.codes(table) == {"S1": 1, "S1b": 1, "S2": 2, "S3": 3}
     assert STAGES.outcome(2).codes(table) == ["S2", "S3"]
     with pytest.raises(ValueError, match="whole number of days"): label_progression(build_store(table, fit_vocabulary(table.events, min_patients=1)), table, STAGES, stage_horizon=0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"n_stages": 0}, {"n_stages": True}, {"stage_horizon": 0}, {"stage_horizon": float("nan")}, {"stage_weight": -1}, {"horizons": None}])
+def test_a_question_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"): BEHRTForProgression(BEHRTConfig.small(10), **{"n_stages": 3, "horizons": (365,)} | wrong)

@@ -69,7 +69,7 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"], batch["horizon_shares"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #9e6cbc59
+# %% ../nbs/11_survival.ipynb #091847b7
 @torch.no_grad()
 def landmark_outputs(
     model, # callable: batch -> (B, V, ...) outputs, of which that of the last visit is wanted
@@ -90,6 +90,15 @@ def landmark_outputs(
     by_row_and_visit = np.lexsort(torch.cat(order, 1).numpy()[::-1])  # the order of `rows` and `visits`
     return torch.cat(said)[by_row_and_visit[place.reshape(-1)]]
 
+
+def _chosen_visits(sequence_mask, visits):
+    "The visit of each row at which the risk is asked, (B,): the last one if None. Raises `ValueError` for places that are no visits of the row."
+    last = sequence_mask.sum(1) - 1  # (B,)
+    if visits is None: return last
+    if visits.shape != last.shape or ((visits < 0) | (visits > last)).any():
+        raise ValueError(f"visits: expected for each of the {len(last)} rows one of its real visits, counted from 0 within the window; got shape {tuple(visits.shape)}, or visits that are padding")
+    return visits
+
 # %% ../nbs/11_survival.ipynb #3bf79e0e
 def check_direction(
     looks_ahead: bool, # the model sees later visits
@@ -103,7 +112,7 @@ def check_direction(
     if not allow_future_leakage: raise ValueError(f"{message}, or pass allow_future_leakage=True to study the leak.")
     warnings.warn(f"This model leaks the future: {message}.", stacklevel=3)
 
-# %% ../nbs/11_survival.ipynb #fffb78cb
+# %% ../nbs/11_survival.ipynb #cb3f40af
 class SurvivalModel(SavedModel):
     "Base of the models that emit hazards at every visit; a subclass has `encode_visits(batch)` and `head`. Raises `ValueError` for horizons that are no increasing positive days."
     question, layout = ("horizons",), "both" # of the tensors that `encode_visits` reads; one of `batches.LAYOUTS`
@@ -161,10 +170,7 @@ class SurvivalModel(SavedModel):
         if isinstance(landmark, Landmarks):
             logits = landmark_outputs(lambda batch: self._logits(batch), landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens)
             return risk_within(logits.double(), self.horizons, horizons, landmark.elapsed).numpy()
-        last = landmark["sequence_mask"].sum(1) - 1  # (B,)
-        if visits is not None and (visits.shape != last.shape or ((visits < 0) | (visits > last)).any()):
-            raise ValueError(f"visits: expected for each of the {len(last)} rows one of its real visits, counted from 0 within the window; got shape {tuple(visits.shape)}, or visits that are padding")
-        logits, at = self._logits(landmark), last if visits is None else visits
+        at, logits = _chosen_visits(landmark["sequence_mask"], visits), self._logits(landmark)
         return risk_within(logits[torch.arange(len(logits), device=logits.device), at], self.horizons, horizons)  # (B, H)
 
 # %% ../nbs/11_survival.ipynb #c2cd9734

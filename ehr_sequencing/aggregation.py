@@ -168,7 +168,7 @@ class VisitPooling(nn.Module):
         return _as_rows(self, x, mask)
     def extra_repr(self): return f"how={self.how!r}"
 
-# %% ../nbs/07_aggregation.ipynb #bfdc7eb7
+# %% ../nbs/07_aggregation.ipynb #a98e6894
 _TOKEN_INPUTS = ("codes", "ages", "visit_ids", "times", "attention_mask")
 _VISIT_INPUTS = ("visit_codes", "visit_mask", "sequence_mask", "visit_ages", "time_features")
 
@@ -187,15 +187,20 @@ def _scramble_after(inputs, t, generator):
     return changed
 
 
+def _places(mask):
+    "How many places are needed to hold what is real, holes in between included."
+    return int((mask * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax())
+
+
 def _cut_after(inputs, t):
     "The inputs as if the visits after `t` had never been: their tokens and slots are gone, and the tensors are narrower."
     cut = {name: inputs[name][:, :t + 1] for name in _VISIT_INPUTS if name in inputs}
     if "visit_mask" in cut:
-        width = max(1, int(cut["visit_mask"].sum(-1).max()))  # real codes come first
+        width = max(1, _places(cut["visit_mask"]))
         cut |= {name: cut[name][:, :, :width] for name in ("visit_codes", "visit_mask")}
     if "visit_ids" not in inputs: return cut
     keep = (inputs["visit_ids"] <= t) & inputs["attention_mask"]
-    width = max(1, int(keep.sum(1).max()))  # tokens stand in the order of visits, so those kept come first
+    width = max(1, _places(keep))
     return cut | {name: inputs[name][:, :width].masked_fill(~keep[:, :width], -1 if name == "visit_ids" else 0) for name in _TOKEN_INPUTS}
 
 # %% ../nbs/07_aggregation.ipynb #8b9a3e23

@@ -24,13 +24,14 @@ from .saved_models import evaluating
 from .survival import risk_within
 from .vocabulary import CLS, MASK, PAD, SEP, SPECIAL_TOKENS, Vocabulary
 
-# %% ../nbs/16c_explain.ipynb #eab3337f
+# %% ../nbs/16c_explain.ipynb #c6c9be94
 SCALES = ("log_hazard", "log_odds", "risk")
 
 
 def _risks(model, batch, horizon, label):
-    "(B, V) risks of a survival model, which has `horizons`; (B,) of a classifier."
+    "(B, V) risks of a survival or progression model, which has `horizons`; (B,) of a classifier."
     logits = model(batch)
+    logits = getattr(logits, "progression_logits", logits)
     if not hasattr(model, "horizons"):
         z = logits.reshape(len(logits), -1)  # (B, n_labels)
         return class_probabilities(z, "multiclass" if getattr(model, "problem", None) == "multiclass" else "multilabel", getattr(model, "class_weights", None))[:, label]
@@ -83,7 +84,7 @@ class HideCodes:
             changed[key] = codes
         return batch | changed
 
-# %% ../nbs/16c_explain.ipynb #f96574c2
+# %% ../nbs/16c_explain.ipynb #43017875
 _FLAT = ("codes", "ages", "visit_ids", "attention_mask", "times")
 _NESTED = ("visit_codes", "visit_mask")
 _VISITS = ("sequence_mask", "visit_ages", "time_features")
@@ -107,14 +108,14 @@ def history_until(
 
 
 def code_layer(
-    model: nn.Module, # with `behrt`, `transformer` or `visit_encoder`, or an `lstm_encoder` that has one
+    model: nn.Module, # with `behrt`, `transformer`, `lstm_encoder` or `visit_encoder`
 ) -> tuple: # the embedding of codes, the tensor of the batch that it reads
     "Where a model turns codes into vectors. Raises `ValueError` for a model without such a place."
     if hasattr(model, "behrt"): return model.behrt.embedding.code, "codes"
     if hasattr(model, "transformer"): return model.transformer.code, "visit_codes"
     encoder = getattr(model, "lstm_encoder", model)
     if hasattr(encoder, "visit_encoder"): return encoder.visit_encoder.code, "visit_codes"
-    raise ValueError(f"model: {type(model).__name__} has none of `behrt`, `transformer` and `visit_encoder`, so there is no embedding of codes to explain")
+    raise ValueError(f"model: {type(model).__name__} has none of `behrt`, `transformer`, `lstm_encoder` and `visit_encoder`, so there is no embedding of codes to explain")
 
 
 def _to_explain(codes): return (codes != PAD) & (codes != CLS) & (codes != SEP)
@@ -170,9 +171,9 @@ def _explain_one(model, one, options, baseline, n_steps, tolerance, row):
         if abs(gap) <= tolerance * max(values.abs().sum().item(), 1e-6): return values, {"row": row, "landmark": one["sequence_mask"].shape[1] - 1, "score": score, "baseline": base, "gap": gap, "n_steps": steps}
     raise ValueError(f"n_steps: with {steps} points the attributions of row {row} miss the difference of scores by more than {tolerance:.1%} of the sum of their sizes. Raise n_steps")
 
-# %% ../nbs/16c_explain.ipynb #7f799b17
+# %% ../nbs/16c_explain.ipynb #2226cb9c
 def attribute_codes(
-    model: nn.Module, # `BEHRTForSurvival`, `SurvivalLSTM`, `BEHRTForSequenceClassification`, `SurvivalTransformer`, or another that `code_layer` knows
+    model: nn.Module, # a survival or progression model, a classifier, or another for which `code_layer` finds the embedding
     batch: dict, # from `make_batch`
     vocabulary: Vocabulary, # of the model
     rows=None, # patients of the batch; all if None

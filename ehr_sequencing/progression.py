@@ -197,7 +197,7 @@ def progression_loss(
     stage = (values * weights[known].to(values.dtype)).sum() / n
     return ProgressionLoss(progression + stage_weight * stage, progression, stage, n)
 
-# %% ../nbs/11b_progression.ipynb #2cf9bd4a
+# %% ../nbs/11b_progression.ipynb #da252297
 class ProgressionModel(SurvivalModel):
     "Base of the models of stages. A subclass builds its encoder, calls `make_heads`, and defines `encode_visits(batch) -> (B, V, d)`. Raises `ValueError` for sizes that make no sense."
     question = ("n_stages", "horizons", "stage_horizon")
@@ -210,7 +210,8 @@ class ProgressionModel(SurvivalModel):
         stage_weight: float = 1.0, # of the stage to come in the loss
         **settings, # the other arguments of the subclass's constructor, JSON-able
     ):
-        if not isinstance(n_stages, int) or n_stages < 1: raise ValueError(f"n_stages: expected a positive integer, got {n_stages!r}")
+        if not isinstance(n_stages, int) or isinstance(n_stages, bool) or n_stages < 1: raise ValueError(f"n_stages: expected a positive integer, got {n_stages!r}")
+        if not 1 <= stage_horizon < float("inf"): raise ValueError(f"stage_horizon: expected a number of days, at least 1, got {stage_horizon}")
         if not 0 <= stage_weight < float("inf"): raise ValueError(f"stage_weight: expected a finite number of 0 or more, got {stage_weight}")
         if horizons is None: raise ValueError("horizons: expected increasing positive days, got None; the wait for a stage is measured on the calendar")
         super().__init__(config, horizons, n_stages=n_stages, stage_horizon=stage_horizon, stage_weight=stage_weight, **settings)

@@ -22,12 +22,12 @@ from .losses import horizon_loss, survival_nll
 from .outcomes import check_horizons
 from .saved_models import SavedModel, evaluating
 
-# %% ../nbs/11_survival.ipynb #ee41e6df
+# %% ../nbs/11_survival.ipynb #5731422f
 def survival_from_logits(
     logits: Tensor, # (..., K) hazard logits
 ) -> Tensor: # (..., K) probability of surviving steps 0..k
-    "Survival function as the exponential of summed log(1 - h), stable for small hazards."
-    return nn.functional.logsigmoid(-logits).cumsum(-1).exp()
+    "Survival function as the exponential of summed log(1 - h), stable for small hazards; in single precision at least."
+    return nn.functional.logsigmoid(-logits.to(torch.promote_types(logits.dtype, torch.float32))).cumsum(-1).exp()
 
 
 def _log_survival(logits, edges, days):
@@ -55,6 +55,7 @@ def risk_within(
     if not ((horizons > 0) & (horizons <= edges[-1])).all():
         raise ValueError(f"horizons: expected days in (0, {edges[-1]:g}], the span of the model's bins; got {horizons.tolist()}")
     horizons = torch.tensor(horizons.tolist(), dtype=torch.float64, device=logits.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision has no digits to sum with
     if elapsed is None: return -torch.expm1(_log_survival(logits, edges, horizons))
     begin = torch.as_tensor(elapsed, dtype=torch.float64, device=logits.device).unsqueeze(-1)  # (..., 1)
     return -torch.expm1(_log_survival(logits, edges, begin + horizons) - _log_survival(logits, edges, begin))
@@ -68,7 +69,7 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"], batch["horizon_shares"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #9e6cbc59
+# %% ../nbs/11_survival.ipynb #091847b7
 @torch.no_grad()
 def landmark_outputs(
     model, # callable: batch -> (B, V, ...) outputs, of which that of the last visit is wanted
@@ -89,6 +90,15 @@ def landmark_outputs(
     by_row_and_visit = np.lexsort(torch.cat(order, 1).numpy()[::-1])  # the order of `rows` and `visits`
     return torch.cat(said)[by_row_and_visit[place.reshape(-1)]]
 
+
+def _chosen_visits(sequence_mask, visits):
+    "The visit of each row at which the risk is asked, (B,): the last one if None. Raises `ValueError` for places that are no visits of the row."
+    last = sequence_mask.sum(1) - 1  # (B,)
+    if visits is None: return last
+    if visits.shape != last.shape or ((visits < 0) | (visits > last)).any():
+        raise ValueError(f"visits: expected for each of the {len(last)} rows one of its real visits, counted from 0 within the window; got shape {tuple(visits.shape)}, or visits that are padding")
+    return visits
+
 # %% ../nbs/11_survival.ipynb #3bf79e0e
 def check_direction(
     looks_ahead: bool, # the model sees later visits
@@ -102,7 +112,7 @@ def check_direction(
     if not allow_future_leakage: raise ValueError(f"{message}, or pass allow_future_leakage=True to study the leak.")
     warnings.warn(f"This model leaks the future: {message}.", stacklevel=3)
 
-# %% ../nbs/11_survival.ipynb #68cf62ae
+# %% ../nbs/11_survival.ipynb #cb3f40af
 class SurvivalModel(SavedModel):
     "Base of the models that emit hazards at every visit; a subclass has `encode_visits(batch)` and `head`. Raises `ValueError` for horizons that are no increasing positive days."
     question, layout = ("horizons",), "both" # of the tensors that `encode_visits` reads; one of `batches.LAYOUTS`
@@ -129,9 +139,10 @@ class SurvivalModel(SavedModel):
     def loss(self,
         outputs: Tensor, # logits of `forward`
         batch: dict, # with the labels of `attach_labels`
-    ) -> tuple: # scalar loss, number of patients
+    ) -> tuple: # scalar loss, number of patients at risk
         "`survival_loss`, and the number of patients over which it is the mean. Raises `ValueError` if no patient of the batch is at risk."
-        return survival_loss(outputs, batch), len(outputs)
+        at_risk = batch["event_times"] >= 0 if self.horizons is None else batch["at_risk"].any(1)  # (B,)
+        return survival_loss(outputs, batch), int(at_risk.sum())
 
     @torch.no_grad()
     def _logits(self, batch):
@@ -153,13 +164,13 @@ class SurvivalModel(SavedModel):
         token_budget: int = 8192, # with landmarks: size of the batches
         max_tokens: int = 512, # with landmarks: tokens of each history that are read, the last ones
     ): # (n, H) array at landmarks, (B, H) tensor for a batch: probability of the event within each horizon
-        "Risk F(tau | landmark). Raises `ValueError` for a model of visit hazards, which knows no calendar, and for horizons beyond the last bin."
+        "Risk F(tau | landmark). Raises `ValueError` for a model of visit hazards, which knows no calendar, for horizons beyond the last bin, and for `visits` that are none of the window."
         if self.horizons is None: raise ValueError("predict_risk: this model has hazards per visit and no calendar; build it with `horizons`")
         horizons = self.horizons if horizons is None else horizons
         if isinstance(landmark, Landmarks):
             logits = landmark_outputs(lambda batch: self._logits(batch), landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens)
             return risk_within(logits.double(), self.horizons, horizons, landmark.elapsed).numpy()
-        logits, at = self._logits(landmark), landmark["sequence_mask"].sum(1) - 1 if visits is None else visits
+        at, logits = _chosen_visits(landmark["sequence_mask"], visits), self._logits(landmark)
         return risk_within(logits[torch.arange(len(logits), device=logits.device), at], self.horizons, horizons)  # (B, H)
 
 # %% ../nbs/11_survival.ipynb #c2cd9734
@@ -194,7 +205,7 @@ def _chosen_bins(horizons, n_bins):
     if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1: raise ValueError(f"n_bins: expected a positive integer, got {n_bins!r}")
     return yearly_bins(365 * n_bins)
 
-# %% ../nbs/11_survival.ipynb #f48b1d17
+# %% ../nbs/11_survival.ipynb #c4283115
 class BEHRTForSurvival(SurvivalModel):
     "BEHRT encoder, pooling of each visit's tokens, hazard head; trained in full, with adapters, or the head alone. Refuses bidirectional attention unless told that it leaks."
     config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
@@ -229,8 +240,7 @@ class BEHRTForSurvival(SurvivalModel):
 
     def encode_visits(self, batch: dict) -> Tensor: # (B, V, d)
         "The encoded tokens of each visit, pooled."
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): hidden = self.behrt.encode(batch)  # (B, L, d)
-        return self.pooling(hidden, batch["visit_ids"], batch["sequence_mask"].shape[1])
+        return self.pooling(self.behrt.encode(batch), batch["visit_ids"], batch["sequence_mask"].shape[1])
 
 # %% ../nbs/11_survival.ipynb #a3735321
 def survival_curves(

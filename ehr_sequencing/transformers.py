@@ -65,7 +65,7 @@ def attention_by_class(
         return torch.cat([one(layer, *parts) for one, *parts in zip(attends, *(x.split(sizes) for x in qkv))])
     return attend
 
-# %% ../nbs/13_transformers.ipynb #79622cf9
+# %% ../nbs/13_transformers.ipynb #69dba26c
 def _run(blocks, x, attend, again):
     "Blocks one after the other; their inner results are computed again in the backward pass if `again`."
     for block in blocks: x = checkpoint(block, x, attend, use_reentrant=False) if again else block(x, attend)
@@ -110,7 +110,7 @@ class HierarchicalEncoder(SavedModel):
         check_visits(real)
         grid, positions = TokenGrid(real), torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
         of = lambda x: x.flatten(0, 1).index_select(0, grid.index)  # (B, V, ...) -> (m, ...): of the m real visits
-        x = grid.take(self.encode_codes(batch)) + self.age(of(batch["visit_ages"])) + self.position_scale * self.position(of(positions))  # (m, d)
+        x = grid.take(self.encode_codes(batch)) + self.age(of(batch["visit_ages"])) + (self.position_scale * self.position(of(positions))).to(self.position_scale.dtype)  # (m, d)
         if self.time is not None: x = x + self.time(of(batch["time_features"]))
         attend = grid_attention(grid, visit_attention_mask(positions, real, self.config.attention).unsqueeze(1))
         x = _run(self.visit_blocks, self.dropout(self.visit_norm(x)), attend, self.config.gradient_checkpointing and self.training)

@@ -226,3 +226,15 @@ def test_sums_do_not_depend_on_the_width_of_half_precision():
     for dtype, digits in ((torch.float16, 2**-11), (torch.bfloat16, 2**-8)):
         half = values.to(dtype)
         for how in ("mean", "sum"): torch.testing.assert_close(pool_visits(half, ids, 4, how).double(), pool_visits(half.double(), ids, 4, how), atol=0, rtol=2 * digits)
+
+
+def test_the_leak_check_does_not_mind_holes():
+    "Places without a token between real ones, flat or hierarchical: an honest model passes, a leaking one fails."
+    for layout in ("flat", "hierarchical"):
+        batch = leaky_batch(torch.Generator().manual_seed(0), layout)
+        mask = batch["attention_mask"] if layout == "flat" else batch["visit_mask"]
+        mask.view(4, 7, 2)[:, 1::2, 0] = False  # the first code of every other visit
+        if layout == "flat": batch |= {"codes": batch["codes"].masked_fill(~mask, 0), "visit_ids": batch["visit_ids"].masked_fill(~mask, -1)}
+        name = "codes" if layout == "flat" else "visit_codes"
+        assert_no_future_leakage(lambda b: visit_values(b, name).cumsum(1), batch)
+        with pytest.raises(AssertionError, match="Future leakage"): assert_no_future_leakage(lambda b: visit_values(b, name).flip(1).cumsum(1), batch)

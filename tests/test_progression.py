@@ -65,7 +65,7 @@ def test_labels_are_those_of_a_plain_loop(histories, horizon, onset, censored):
 @settings(max_examples=40, deadline=None)
 @given(histories=st.lists(history, min_size=1, max_size=4), seed=st.integers(0, 1000), weight=st.floats(0, 3))
 def test_loss_of_a_step_is_that_of_all_its_patients(histories, seed, weight):
-    table = as_table(histories)
+    table = as_table([[(0, "S1"), (3, "LAB")], *histories])
     store = build_store(table, fit_vocabulary(table.events, min_patients=1))
     labels = label_progression(store, table, STAGES, (5, 10, 20), 7)
     batch = attach_progression(make_batch(store, range(len(store))), store, labels)
@@ -76,6 +76,20 @@ def test_loss_of_a_step_is_that_of_all_its_patients(histories, seed, weight):
         part = progression_loss(ProgressionOutput(*(x[row:row + 1] for x in logits)), {k: v[row:row + 1] for k, v in batch.items()}, weight)
         total, n = total + part.total.item() * part.n, n + part.n
     assert n == whole.n and total / n == pytest.approx(whole.total.item(), rel=1e-4)
+    assert n > (batch["stage_known"].any(1)).sum()  # one patient is at risk, and the stage to come is not known
+    expected, softplus = 0.0, torch.nn.functional.softplus
+    for b, row in enumerate(batch["rows"].tolist()):  # written out, from the labels of the store
+        for v in range(store.n_visits[row]):
+            at, (z, stage) = store.first_visit[row] + v, (logits.progression_logits[b, v], logits.stage_logits[b, v])
+            if not labels.at_risk[at]: continue
+            days, nll = labels.durations[at], 0.0
+            for k, (low, high) in enumerate(((0, 5), (5, 10), (10, 20))):
+                if labels.events[at] and low < days <= high: nll += softplus(-z[k]).item()
+                elif days > low: nll += min((days - low) / (high - low), 1) * softplus(z[k]).item()
+            if labels.stage_known[at]: nll -= weight * stage.log_softmax(-1)[labels.future_stages[at]].item()
+            gap = 365 if v == 0 else min((store.visit_starts[at] - store.visit_starts[at - 1]) / np.timedelta64(1, "D"), 365)
+            expected += gap / 365 * nll
+    assert whole.total.item() == pytest.approx(expected / n, rel=1e-4)
     noise = ProgressionOutput(*(torch.where((batch["at_risk"] if k else batch["stage_known"]).unsqueeze(-1), x, 99.0) for k, x in enumerate(logits)))
     assert progression_loss(noise, batch, weight).total.item() == pytest.approx(whole.total.item(), rel=1e-5)  # what does not count does not count
 
@@ -100,3 +114,8 @@ def test_a_prefix_means_what_an_outcome_means():
     assert STAGES.codes(table) == {"S1": 1, "S1b": 1, "S2": 2, "S3": 3}
     assert STAGES.outcome(2).codes(table) == ["S2", "S3"]
     with pytest.raises(ValueError, match="whole number of days"): label_progression(build_store(table, fit_vocabulary(table.events, min_patients=1)), table, STAGES, stage_horizon=0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"n_stages": 0}, {"n_stages": True}, {"stage_horizon": 0}, {"stage_horizon": float("nan")}, {"stage_weight": -1}, {"horizons": None}])
+def test_a_question_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"): BEHRTForProgression(BEHRTConfig.small(10), **{"n_stages": 3, "horizons": (365,)} | wrong)

@@ -9,13 +9,16 @@ from torch import nn
 from ehr_sequencing.aggregation import assert_no_future_leakage
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.behrt import BEHRTConfig
+from ehr_sequencing.explain import attribute_codes
 from ehr_sequencing.horizons import attach_labels, labelled_batches
+from ehr_sequencing.landmarks import at_each_visit
 from ehr_sequencing.lstm import LSTMBaseline, LSTMConfig, LSTMProgressionModel, SurvivalLSTM
 from ehr_sequencing.outcomes import Outcome, feature_exclusions, label_visits
 from ehr_sequencing.progression import BEHRTForProgression, Stages, attach_progression, label_progression
+from ehr_sequencing.saved_models import SavedModel
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.splits import split_patients
-from ehr_sequencing.survival import BEHRTForSurvival
+from ehr_sequencing.survival import BEHRTForSurvival, risk_within
 from ehr_sequencing.synthetic import CONDITIONS, OUTCOME_CODE, simulate_cohort
 from ehr_sequencing.transformers import HierarchicalConfig, SurvivalTransformer, TransformerProgressionModel
 from ehr_sequencing.vocabulary import fit_vocabulary
@@ -37,7 +40,7 @@ MODELS = {  # name -> class, class of the configuration, changes of the configur
     "hierarchical, visit hazards": (SurvivalTransformer, HierarchicalConfig, {}, {}),
     "hierarchical, horizons, attention over codes": (SurvivalTransformer, HierarchicalConfig, {"pooling": "attention"}, {"horizons": HORIZONS}),
     "BEHRT, progression": (BEHRTForProgression, BEHRTConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
-    "LSTM, progression": (LSTMProgressionModel, LSTMConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
+    "LSTM, progression": (LSTMProgressionModel, LSTMConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS, "stage_horizon": 365, "stage_weight": 0.5}),
     "hierarchical, progression": (TransformerProgressionModel, HierarchicalConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
 }
 SMALL = {BEHRTConfig: {"embedding_dim": 16, "hidden_size": 32}, HierarchicalConfig: {"embedding_dim": 16, "hidden_size": 32}, LSTMConfig: {"embedding_dim": 16, "hidden_size": 32}}
@@ -104,11 +107,13 @@ def test_no_output_sees_the_future(cohort, name):
 
 
 @every_model
-def test_who_reads_both_ways_says_so(cohort, name):
-    "A model that looks ahead is refused unless asked for by name; then it warns, and the leak check finds it."
+def test_who_reads_both_ways_says_so(cohort, name, tmp_path):
+    "A model that looks ahead is refused unless asked for by name; then it warns, also when it is loaded, and the leak check finds it."
     store, changes = cohort[1], BOTH_WAYS[MODELS[name][1]]
     with pytest.raises(ValueError, match="allow_future_leakage=True"): build(name, store, changes)
     with pytest.warns(UserWarning, match="leaks the future"): leaking = build(name, store, changes, allow_future_leakage=True)
+    leaking.save_pretrained(tmp_path / "leaking")
+    with pytest.warns(UserWarning, match="leaks the future"): assert SavedModel.from_pretrained(tmp_path / "leaking").settings == leaking.settings
     with pytest.raises(AssertionError, match="Future leakage"): assert_no_future_leakage(leaking, make_batch(store, company(store, 6), max_tokens=128))
 
 
@@ -181,3 +186,106 @@ def test_one_batch_for_both_layouts_is_two_batches_of_one(cohort, pair):
         losses = [model.loss(model(batch), batch) for batch in (attach_labels(make_batch(store, rows, layout=layout), store, own_labels) for layout in ("both", model.layout))]
         torch.testing.assert_close(losses[0][0], losses[1][0], atol=0, rtol=0)
         assert losses[0][1] == losses[1][1] == len(rows)
+
+
+OF_HAZARDS = [name for name, (kind, *_) in MODELS.items() if kind is not LSTMBaseline]
+ON_A_CALENDAR = [name for name in OF_HAZARDS if "visit hazards" not in name]
+
+
+def labelled(cohort, name, model, rows):
+    "The batch that a model of hazards is trained on."
+    records, store, _, stages = cohort
+    batch = make_batch(store, rows)
+    if "n_stages" in MODELS[name][3]: return attach_progression(batch, store, stages)
+    return attach_labels(batch, store, label_visits(store, records.table, Outcome(OUTCOME_CODE), horizons=model.horizons or HORIZONS))
+
+
+@pytest.mark.parametrize("name", OF_HAZARDS)
+def test_the_loss_counts_those_at_risk(cohort, name):
+    "The mean of a step over several batches is that of all their patients, also if some are never at risk."
+    store, model = cohort[1], build(name, cohort[1])
+    rows = [int(r) for r in np.argsort(cohort[3].last_at_risk)[[0, 1, -1, -2, -3, -4, -5]]]
+    never = [0, 3]
+    def batch_of(rows, whom):
+        batch = labelled(cohort, name, model, rows)
+        batch["at_risk"] = batch["at_risk"].clone().index_fill(0, torch.tensor(whom, dtype=torch.long), False)
+        return batch | {"event_times": batch["event_times"].index_fill(0, torch.tensor(whom, dtype=torch.long), -1)}
+    with torch.no_grad(): (first, n), (second, m), (both, total) = (model.loss(model(b), b) for b in (batch_of(rows[:4], never), batch_of(rows[4:], []), batch_of(rows, never)))
+    assert n < 4 and n + m == total
+    torch.testing.assert_close((first * n + second * m) / total, both, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ON_A_CALENDAR)
+def test_risk_is_asked_at_real_visits(cohort, name):
+    "One visit a row; padding has no risk to give."
+    store, model = cohort[1], build(name, cohort[1])
+    batch = make_batch(store, company(store, 4))
+    last = batch["sequence_mask"].sum(1) - 1
+    assert model.predict_risk(batch, 365, visits=last).equal(model.predict_risk(batch, 365))
+    for wrong in (last + 1, last - last.max() - 1, last[:1]):
+        with pytest.raises(ValueError, match="visits: expected for each of the 4 rows one of its real visits"): model.predict_risk(batch, 365, visits=wrong)
+
+
+@pytest.mark.parametrize("name", ON_A_CALENDAR)
+def test_half_precision_has_risks_in_single_precision(cohort, name):
+    "The network's rounding stays; that of the sum over bins is not added."
+    store, model = cohort[1], build(name, cohort[1])
+    batch = make_batch(store, company(store, 4))
+    whole = model.predict_risk(batch)
+    half = model.to(torch.bfloat16).predict_risk(batch)
+    assert half.dtype == whole.dtype == torch.float32
+    torch.testing.assert_close(half, whole, atol=0.02, rtol=0)
+    outputs = model._logits(batch)[torch.arange(4), batch["sequence_mask"].sum(1) - 1]
+    torch.testing.assert_close(half, 1 - (1 - outputs.double().sigmoid()).cumprod(-1).float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_HAZARDS)
+def test_codes_are_explained_whatever_is_trained(cohort, name):
+    "Integrated gradients add up to the difference of the scores; a frozen encoder lets them through."
+    store, model = cohort[1], build(name, cohort[1])
+    row = int(np.argsort(store.n_visits)[len(store) // 4])
+    found = attribute_codes(model, make_batch(store, [row]), store.vocabulary, tolerance=0.05)
+    assert found.tokens["attribution"].abs().max() > 0 and not any(p.grad is not None for p in model.parameters())
+    assert abs(found.tokens["attribution"].sum() - found.patients["score"][0] + found.patients["baseline"][0]) <= 0.05 * found.tokens["attribution"].abs().sum() + 1e-6
+
+
+@pytest.mark.parametrize("name", ON_A_CALENDAR)
+def test_landmarks_in_any_order_with_repeats_and_between_visits(cohort, name):
+    "Each moment has the risk of its own history, of those who got that far; whoever is asked beside it."
+    _, store, labels, _ = cohort
+    model, marks = build(name, store), at_each_visit(labels, store)
+    longest = np.flatnonzero(marks.rows == np.bincount(marks.rows).argmax())[[-1, 2, -9]]  # windows that begin at different visits
+    marks = marks.take(np.concatenate([np.random.default_rng(0).permutation(len(marks))[:12][[0, 3, 3, *range(12), 0]], longest]))
+    marks.elapsed = marks.elapsed.copy()
+    marks.elapsed[[1, 5, 15]] = (300, 30, 700)  # 300 + 200 days reach into the second bin
+    alone = [risk_within(model._logits(make_batch(store, [row], [visit], max_tokens=60))[:, -1].double(), model.horizons, [200, 1000], [days])[0] for row, visit, days in zip(marks.rows, marks.visits, marks.elapsed)]
+    said = model.train().predict_risk(marks, [200, 1000], token_budget=300, max_tokens=60)
+    np.testing.assert_allclose(said, torch.stack(alone), atol=1e-5)
+    assert model.training and np.abs(said[1] - said[2]).min() > 1e-4 and (said[:, 0] < said[:, 1]).all()
+
+
+@every_model
+def test_a_saved_model_keeps_what_it_is(cohort, name, tmp_path):
+    "Its settings, its answers and what is trained, also when it is found by its name."
+    store, model = cohort[1], build(name, cohort[1])
+    batch = make_batch(store, company(store, 4))
+    model.save_pretrained(tmp_path / "model", store.vocabulary)
+    again = SavedModel.from_pretrained(tmp_path / "model")
+    assert type(again) is type(model) and again.settings == model.settings and again.vocabulary.tokens == store.vocabulary.tokens
+    for argument, value in MODELS[name][3].items():
+        if argument != "n_bins": np.testing.assert_array_equal(again.settings[argument], value)  # these become horizons
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for mine, theirs in zip(tensors(model(batch)), tensors(again(batch)), strict=True): assert mine.equal(theirs)
+
+
+def test_a_frozen_encoder_has_no_dropout(cohort):
+    "Nor has it once `train` is called after it was frozen by hand; thawed, it has."
+    store = cohort[1]
+    batch, model = make_batch(store, company(store, 4)), build("BEHRT, frozen", store)
+    noisy = lambda: not model.encode_visits(batch).equal(model.encode_visits(batch))
+    assert not model.train().behrt.training and model.head.training and not noisy()
+    model.behrt.requires_grad_(True)
+    assert not model.frozen and model.train().behrt.training and noisy()
+    model.behrt.requires_grad_(False)
+    assert model.train().frozen and not noisy()

@@ -3,7 +3,7 @@
     python benchmarks/known_truth.py
 
 20,000 simulated patients of a world without death, asked at their fifth visit, and as many of ours, where death competes. The oracle predicts the true risk from the latent
-state; theory says what it must score. Models that read the record (age alone, Cox on age and counts, LSTM, BEHRT) learn from 8,000 other patients and are asked the same.
+state; theory says what it must score. Models that read the record (age alone, Cox on age, sex and counts, LSTM, BEHRT) learn from 8,000 other patients and are asked the same.
 Writes benchmarks/results/known_truth.md.
 """
 import time
@@ -82,7 +82,7 @@ def honest_models(train, networks, epochs=6):
     fit = spaced_landmarks(train.labels, train.store, split["train"])
     stop = draw_landmarks(train.labels, train.store, split["validation"])
     models = {}
-    for name, cox in {"age alone": CoxBaseline("age"), "Cox on age and counts": CoxBaseline()}.items():
+    for name, cox in {"age alone": CoxBaseline("age"), "Cox on age, sex and counts": CoxBaseline()}.items():
         cox.fit(fit, stop)
         models[name] = lambda world, cox=cox: cox.predict_risk(world.marks, ASKED)
     return models | (fit_networks(train, split, epochs) if networks else {})

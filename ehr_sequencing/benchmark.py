@@ -173,7 +173,7 @@ def fit_network(
     risks = {part: model.predict_risk(cohort.landmarks[part], config.horizons[-1], token_budget=config.token_budget, max_tokens=config.max_tokens)[:, 0] for part in ("train", "test")}
     return Arm(name, risks, *count_parameters(model)[:2], seconds, history, model)
 
-# %% ../nbs/18_benchmark.ipynb #e2f6c461
+# %% ../nbs/18_benchmark.ipynb #806ea315
 def fit_cox(
     name: str, # in the table
     features, # groups of `LandmarkFeatures`
@@ -207,7 +207,7 @@ def fit_arms(
     say=print, # called with a line an arm
 ) -> list: # of `Arm`, in the order of the table
     "Fit all arms."
-    jobs = {"visit count only": lambda n: fit_cox(n, "visits", cohort, config), "Cox on age and counts": lambda n: fit_cox(n, ("age", "sex", "codes"), cohort, config),
+    jobs = {"visit count only": lambda n: fit_cox(n, "visits", cohort, config), "Cox on age, sex and counts": lambda n: fit_cox(n, ("age", "sex", "codes"), cohort, config),
             "LSTM": lambda n: fit_network(n, cohort, config), "BEHRT": lambda n: fit_network(n, cohort, config)}
     arms = []
     for name, job in jobs.items():

@@ -45,6 +45,6 @@ def test_no_honest_model_exceeds_the_oracle(deathless):
     train = known_truth.World(4_000, 202, 0.0, world.store.vocabulary)
     table = known_truth.against_oracle(world, truth, known_truth.honest_models(train, networks=False), n_resamples=100)
     assert not table.exceeds.any()
-    cox = table[(table.model == "Cox on age and counts") & (table.metric == "auc")]
+    cox = table[(table.model == "Cox on age, sex and counts") & (table.metric == "auc")]
     assert (cox.difference_high < 0).all() and (cox.value > 0.7).all()  # good, and clearly below the ceiling
-    assert set(table.model) == {"age alone", "Cox on age and counts", "the same for all"}
+    assert set(table.model) == {"age alone", "Cox on age, sex and counts", "the same for all"}

@@ -6,7 +6,7 @@
 __all__ = ['Med2VecConfig', 'Med2VecOutputs', 'neighbour_counts', 'Med2Vec', 'fit_med2vec', 'med2vec_codes', 'history_vectors',
            'Med2VecFeatures', 'Med2VecBaseline']
 
-# %% ../nbs/14b_med2vec.ipynb #5340da6f
+# %% ../nbs/14b_med2vec.ipynb #e913d4ac
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix, hstack
 from torch import Tensor, nn
 
-from .baselines import LandmarkFeatures, check_vocabulary
+from .baselines import LandmarkFeatures
 from .batches import BatchLoader, to_device
 from .code_vectors import CodeVectors
 from .jobs import Progress
-from .landmarks import Landmarks
+from .landmarks import Landmarks, check_vocabulary
 from .period_models import LogisticBaseline
 from .saved_models import SavedModel, evaluating
 from .sequences import SequenceStore, row_numbers

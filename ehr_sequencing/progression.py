@@ -197,7 +197,7 @@ def progression_loss(
     stage = (values * weights[known].to(values.dtype)).sum() / n
     return ProgressionLoss(progression + stage_weight * stage, progression, stage, n)
 
-# %% ../nbs/11b_progression.ipynb #da252297
+# %% ../nbs/11b_progression.ipynb #6551e88f
 class ProgressionModel(SurvivalModel):
     "Base of the models of stages. A subclass builds its encoder, calls `make_heads`, and defines `encode_visits(batch) -> (B, V, d)`. Raises `ValueError` for sizes that make no sense."
     question = ("n_stages", "horizons", "stage_horizon")
@@ -255,7 +255,7 @@ class ProgressionModel(SurvivalModel):
             if not isinstance(landmark, Landmarks): return self(landmark).stage_logits.softmax(-1)
             late = int((np.asarray(landmark.elapsed) > 0).sum())
             if late: raise ValueError(f"landmark: {late} of {len(landmark)} moments lie after the day of their visit, and the model speaks of {self.stage_horizon:g} days after the visit. Ask at visits, as with at_each_visit.")
-            logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens)
+            logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary)
         return logits.double().softmax(-1).numpy()
 
 # %% ../nbs/11b_progression.ipynb #8f1933e4

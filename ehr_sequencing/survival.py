@@ -6,7 +6,7 @@
 __all__ = ['survival_from_logits', 'risk_within', 'survival_loss', 'landmark_outputs', 'check_direction', 'SurvivalModel',
            'HazardHead', 'yearly_bins', 'BEHRTForSurvival', 'survival_curves', 'plot_survival_curves']
 
-# %% ../nbs/11_survival.ipynb #e127e217
+# %% ../nbs/11_survival.ipynb #6e1792d9
 import warnings
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .aggregation import VisitPooling, check_visits
 from .batches import BatchLoader, to_device
 from .behrt import BEHRT, BEHRTConfig
-from .landmarks import Landmarks
+from .landmarks import Landmarks, check_vocabulary
 from .lora import apply_lora_to_behrt
 from .losses import horizon_loss, survival_nll
 from .outcomes import check_horizons
@@ -69,7 +69,7 @@ def survival_loss(
     if logits.ndim == 3: return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], batch["visit_weights"], batch["horizon_shares"])
     return survival_nll(logits, batch["event_times"], batch["event_indicators"])
 
-# %% ../nbs/11_survival.ipynb #091847b7
+# %% ../nbs/11_survival.ipynb #4bb4cd38
 @torch.no_grad()
 def landmark_outputs(
     model, # callable: batch -> (B, V, ...) outputs, of which that of the last visit is wanted
@@ -78,8 +78,10 @@ def landmark_outputs(
     layout: str = "both", # tensors that the model reads; one of `batches.LAYOUTS`
     token_budget: int = 8192, # size of the batches
     max_tokens: int = 512, # tokens of each history that are read, the last ones
+    vocabulary=None, # of the model, if it is known; must be that of the landmarks' store
 ) -> Tensor: # (n, ...) on the CPU
-    "What a model says at each landmark, from the history that ends there. Raises `ValueError` for landmarks without a moment."
+    "What a model says at each landmark, from the history that ends there. Raises `ValueError` for landmarks without a moment, or of a store with another vocabulary."
+    if vocabulary is not None: check_vocabulary(landmarks, vocabulary)
     if not len(landmarks): raise ValueError("landmarks: expected at least one moment, got none")
     (rows, visits), place = np.unique(np.stack([landmarks.rows, landmarks.visits]), axis=1, return_inverse=True)  # two moments may have one last visit
     order, said = [], []
@@ -112,7 +114,7 @@ def check_direction(
     if not allow_future_leakage: raise ValueError(f"{message}, or pass allow_future_leakage=True to study the leak.")
     warnings.warn(f"This model leaks the future: {message}.", stacklevel=3)
 
-# %% ../nbs/11_survival.ipynb #cb3f40af
+# %% ../nbs/11_survival.ipynb #0cb5bc46
 class SurvivalModel(SavedModel):
     "Base of the models that emit hazards at every visit; a subclass has `encode_visits(batch)` and `head`. Raises `ValueError` for horizons that are no increasing positive days."
     question, layout = ("horizons",), "both" # of the tensors that `encode_visits` reads; one of `batches.LAYOUTS`
@@ -164,11 +166,11 @@ class SurvivalModel(SavedModel):
         token_budget: int = 8192, # with landmarks: size of the batches
         max_tokens: int = 512, # with landmarks: tokens of each history that are read, the last ones
     ): # (n, H) array at landmarks, (B, H) tensor for a batch: probability of the event within each horizon
-        "Risk F(tau | landmark). Raises `ValueError` for a model of visit hazards, which knows no calendar, for horizons beyond the last bin, and for `visits` that are none of the window."
+        "Risk F(tau | landmark). Raises `ValueError` for a model of visit hazards, which knows no calendar, for horizons beyond the last bin, `visits` that are none of the window, and landmarks of a store with another vocabulary than the model's, if that is known."
         if self.horizons is None: raise ValueError("predict_risk: this model has hazards per visit and no calendar; build it with `horizons`")
         horizons = self.horizons if horizons is None else horizons
         if isinstance(landmark, Landmarks):
-            logits = landmark_outputs(lambda batch: self._logits(batch), landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens)
+            logits = landmark_outputs(lambda batch: self._logits(batch), landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary)
             return risk_within(logits.double(), self.horizons, horizons, landmark.elapsed).numpy()
         at, logits = _chosen_visits(landmark["sequence_mask"], visits), self._logits(landmark)
         return risk_within(logits[torch.arange(len(logits), device=logits.device), at], self.horizons, horizons)  # (B, H)

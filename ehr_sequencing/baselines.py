@@ -121,7 +121,7 @@ class LandmarkFeatures:
         codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
         return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
 
-# %% ../nbs/14_baselines.ipynb #be14cbcf
+# %% ../nbs/14_baselines.ipynb #72359027
 def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
@@ -146,8 +146,9 @@ class LandmarkModel:
         self.features = copy.copy(self.features)  # a model that was fitted with the same object keeps its own
         x, unseen = self.features.fit(train).transform(train), self.features.transform(validation)
         self.model, self.last_day, best = None, float(self._span(train)), -np.inf
+        rows = self._rows(x, train)
         for setting in self.settings:
-            model = self._fit(x, train, setting)
+            model = self._fit(rows, setting)
             if model is None: continue
             score = concordance_index(validation.durations, validation.events, self._risk(model, unseen, np.array([self.last_day]))[:, 0])
             if score > best: best, self.model, self.setting = score, model, setting
@@ -177,7 +178,7 @@ class LandmarkModel:
         self._check_fitted()
         return self._count() + self.features.n_parameters
 
-# %% ../nbs/14_baselines.ipynb #c7745634
+# %% ../nbs/14_baselines.ipynb #df182ce7
 class CoxBaseline(LandmarkModel):
     "Cox proportional hazards at landmarks, on age, sex and code counts, or on whichever groups of features are named: `CoxBaseline(\"visits\")` is the visit count alone."
     def __init__(self,
@@ -187,15 +188,18 @@ class CoxBaseline(LandmarkModel):
     ):
         super().__init__(features, max_codes, penalties)
 
-    def _fit(self, x, train, penalty):
+    def _rows(self, x, train):
+        "One row a landmark, with its follow-up: what is fitted, the same for all penalties."
+        return pd.DataFrame(x.toarray(), columns=[f"x{i}" for i in range(x.shape[1])]).assign(duration=train.durations, event=train.events)  # a code may have any name
+
+    def _fit(self, rows, penalty):
         "Coefficients, means and cumulative baseline hazard; None if the fit does not converge."
-        frame = pd.DataFrame(x.toarray(), columns=[f"x{i}" for i in range(x.shape[1])])  # a code may have any name
         with warnings.catch_warnings():  # of columns that nearly separate the events; what such a fit is worth, the validation landmarks say
             warnings.simplefilter("ignore", ConvergenceWarning)
-            try: fitted = CoxPHFitter(penalizer=penalty).fit(frame.assign(duration=train.durations, event=train.events), "duration", "event")
+            try: fitted = CoxPHFitter(penalizer=penalty).fit(rows, "duration", "event")
             except ConvergenceError: return None
         steps = fitted.baseline_cumulative_hazard_.iloc[:, 0]
-        return fitted.params_.to_numpy(), frame.mean().to_numpy(), StepFunction(steps.index.to_numpy(dtype=float), steps.to_numpy(), 0.0)
+        return fitted.params_.to_numpy(), rows.drop(columns=["duration", "event"]).mean().to_numpy(), StepFunction(steps.index.to_numpy(dtype=float), steps.to_numpy(), 0.0)
 
     def _risk(self, model, x, horizons):
         "1 - S(horizon), (n, H)."

@@ -6,7 +6,7 @@
 __all__ = ['Med2VecConfig', 'Med2VecOutputs', 'neighbour_counts', 'Med2Vec', 'fit_med2vec', 'med2vec_codes', 'history_vectors',
            'Med2VecFeatures', 'Med2VecBaseline']
 
-# %% ../nbs/14b_med2vec.ipynb #e913d4ac
+# %% ../nbs/14b_med2vec.ipynb #eaf66325
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix, hstack
 from torch import Tensor, nn
 
+from .aggregation import at_least_float32
 from .baselines import LandmarkFeatures
 from .batches import BatchLoader, to_device
 from .code_vectors import CodeVectors
@@ -61,14 +62,11 @@ def neighbour_counts(
     total = total * mask.unsqueeze(-1)
     return total[..., :-1], total[..., -1]
 
-# %% ../nbs/14b_med2vec.ipynb #859fe9c5
-def _float32(x): return x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is for the network, not for the loss
-
-
+# %% ../nbs/14b_med2vec.ipynb #45b61876
 def _visit_term(logits, held, mask, window):
     "Sum over visits and their neighbours of the cross-entropies of all codes."
     counts, n = neighbour_counts(held, mask, window)
-    log_p = F.log_softmax(_float32(logits), -1).masked_fill(logits == -torch.inf, -1e4)  # special tokens: never there, never guessed
+    log_p = F.log_softmax(at_least_float32(logits), -1).masked_fill(logits == -torch.inf, -1e4)  # special tokens: never there, never guessed
     log_not = torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
     return -(counts * log_p + (n.unsqueeze(-1) - counts) * log_not).sum()
 
@@ -79,7 +77,7 @@ def _code_term(table, held):
     present = held[:, here]
     pairs = present.T @ present  # (U, U)
     pairs.fill_diagonal_(0)
-    vectors = torch.relu(_float32(table[len(SPECIAL_TOKENS):]))
+    vectors = torch.relu(at_least_float32(table[len(SPECIAL_TOKENS):]))
     first = here - len(SPECIAL_TOKENS)
     log_p = F.log_softmax(vectors[first] @ vectors.T, -1)[:, first]  # (U, U) of b given a
     return -(pairs * log_p).sum()

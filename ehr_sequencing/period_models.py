@@ -36,9 +36,9 @@ def period_rows(
     who, step = np.nonzero(weight)
     return who, step, happened[who, step] == 1, weight[who, step]
 
-# %% ../nbs/14a_period_models.ipynb #d3953c11
+# %% ../nbs/14a_period_models.ipynb #ddb81c38
 class PeriodModel(LandmarkModel):
-    "Base of the classifiers on person-periods. A subclass says how rows are fitted (`_fit_rows`) and gives logits (n, K) (`_logits`)."
+    "Base of the classifiers on person-periods. A subclass says how rows are fitted (`_fit`) and gives logits (n, K) (`_logits`)."
     def __init__(self,
         features, # groups of `LandmarkFeatures`, or an object with its methods; an empty tuple is a life table
         max_codes, # codes counted
@@ -54,10 +54,10 @@ class PeriodModel(LandmarkModel):
         self.edges = yearly_bins(train.durations.max()) if self.bins is None else self.bins
         return self.edges[-1]
 
-    def _fit(self, x, train, setting):
-        "The fitted classifier, or None."
+    def _rows(self, x, train):
+        "One row for each landmark and bin, and the number of landmarks: what is fitted, the same for all settings."
         who, step, outcome, weight = period_rows(train, self.edges, self.partial)
-        return self._fit_rows(x[who], step, outcome, weight, setting, len(train))
+        return x[who], step, outcome, weight, len(train)
 
     def _risk(self, model, x, horizons):
         "Risks, (n, H)."
@@ -70,7 +70,7 @@ class PeriodModel(LandmarkModel):
         self._check_fitted()
         return torch.from_numpy(self._logits(self.model, self.features.transform(landmarks))).sigmoid().numpy()
 
-# %% ../nbs/14a_period_models.ipynb #37674072
+# %% ../nbs/14a_period_models.ipynb #9809326e
 _LARGE = 1000.0  # in the columns of the bins, so that the ridge penalty leaves their coefficients alone
 
 
@@ -85,8 +85,9 @@ class LogisticBaseline(PeriodModel):
     ):
         super().__init__(features, max_codes, penalties, bins, partial)
 
-    def _fit_rows(self, x, step, outcome, weight, penalty, n):
+    def _fit(self, rows, penalty):
         "Intercepts (K,) and coefficients (p,)."
+        x, step, outcome, weight, n = rows
         K = len(self.edges)
         design = hstack([csr_matrix((np.full(len(step), _LARGE), step, np.arange(len(step) + 1)), (len(step), K)), x], format="csr")
         fitted = LogisticRegression(C=1 / (penalty * n), fit_intercept=False, solver="newton-cholesky", tol=1e-8, max_iter=100).fit(design, outcome, weight)
@@ -96,7 +97,7 @@ class LogisticBaseline(PeriodModel):
 
     def _count(self): return sum(len(part) for part in self.model)  # intercepts and coefficients
 
-# %% ../nbs/14a_period_models.ipynb #66d1d5e2
+# %% ../nbs/14a_period_models.ipynb #4830806e
 class BoostedTreesBaseline(PeriodModel):
     "Boosted trees on person-periods, with the number of the bin as a feature (scikit-learn's `HistGradientBoostingClassifier`)."
     def __init__(self,
@@ -111,8 +112,9 @@ class BoostedTreesBaseline(PeriodModel):
         super().__init__(features, max_codes, sizes, bins, partial)
         self.learning_rate, self.seed = learning_rate, seed
 
-    def _fit_rows(self, x, step, outcome, weight, size, n):
+    def _fit(self, rows, size):
         "The boosted trees."
+        x, step, outcome, weight, _ = rows
         model = HistGradientBoostingClassifier(learning_rate=self.learning_rate, max_leaf_nodes=size[0], max_iter=size[1], early_stopping=False, random_state=self.seed)
         return model.fit(np.column_stack([step, x.toarray()]), outcome, weight)
 

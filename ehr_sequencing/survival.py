@@ -6,14 +6,14 @@
 __all__ = ['survival_from_logits', 'risk_within', 'survival_loss', 'landmark_outputs', 'check_direction', 'SurvivalModel',
            'HazardHead', 'yearly_bins', 'BEHRTForSurvival', 'survival_curves', 'plot_survival_curves']
 
-# %% ../nbs/11_survival.ipynb #6e1792d9
+# %% ../nbs/11_survival.ipynb #1fb16851
 import warnings
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .aggregation import VisitPooling, check_visits
+from .aggregation import VisitPooling, at_least_float32, check_visits
 from .batches import BatchLoader, to_device
 from .behrt import BEHRT, BEHRTConfig
 from .landmarks import Landmarks, check_vocabulary
@@ -22,12 +22,12 @@ from .losses import horizon_loss, survival_nll
 from .outcomes import check_horizons
 from .saved_models import SavedModel, evaluating
 
-# %% ../nbs/11_survival.ipynb #5731422f
+# %% ../nbs/11_survival.ipynb #5a27f444
 def survival_from_logits(
     logits: Tensor, # (..., K) hazard logits
 ) -> Tensor: # (..., K) probability of surviving steps 0..k
     "Survival function as the exponential of summed log(1 - h), stable for small hazards; in single precision at least."
-    return nn.functional.logsigmoid(-logits.to(torch.promote_types(logits.dtype, torch.float32))).cumsum(-1).exp()
+    return nn.functional.logsigmoid(-at_least_float32(logits)).cumsum(-1).exp()
 
 
 def _log_survival(logits, edges, days):
@@ -55,7 +55,7 @@ def risk_within(
     if not ((horizons > 0) & (horizons <= edges[-1])).all():
         raise ValueError(f"horizons: expected days in (0, {edges[-1]:g}], the span of the model's bins; got {horizons.tolist()}")
     horizons = torch.tensor(horizons.tolist(), dtype=torch.float64, device=logits.device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision has no digits to sum with
+    logits = at_least_float32(logits)
     if elapsed is None: return -torch.expm1(_log_survival(logits, edges, horizons))
     begin = torch.as_tensor(elapsed, dtype=torch.float64, device=logits.device).unsqueeze(-1)  # (..., 1)
     return -torch.expm1(_log_survival(logits, edges, begin + horizons) - _log_survival(logits, edges, begin))

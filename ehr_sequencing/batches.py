@@ -146,7 +146,7 @@ def _fill(sizes, budget, max_patients):
         current.append(i); longest = grown
     return batches + [current]
 
-# %% ../nbs/02b_batches.ipynb #f63c5caa
+# %% ../nbs/02b_batches.ipynb #bcb10b07
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included."
     def __init__(self,
@@ -187,8 +187,8 @@ class BatchLoader:
         earliest = np.minimum(full, self.last_visits)  # a history that fits keeps its end
         return generator.integers(earliest, self.last_visits + 1)
 
-    def _plan(self):
-        "Rows and ends of each batch."
+    def plan(self) -> list: # of (rows, last visits), two arrays for each batch
+        "Who comes in which batch of this epoch. It depends on the settings, the seed and the epoch alone."
         generator = np.random.default_rng([self.seed, self.epoch])
         ends = self._ends(generator)
         sizes = _window_sizes(self.store, self.rows, ends, self.max_tokens, self.layout)
@@ -197,11 +197,15 @@ class BatchLoader:
         if self.shuffle: batches = [batches[i] for i in generator.permutation(len(batches))]
         return [(self.rows[b], ends[b]) for b in batches]
 
-    def __len__(self): return len(self._plan())
+    def batches(self,
+        plan: list, # some of the batches of `plan()`, or pieces of them
+    ): # yields batches
+        "Make planned batches."
+        yield from torch.utils.data.DataLoader(_Planned(self, plan), batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
 
-    def __iter__(self):
-        planned = _Planned(self, self._plan())
-        yield from torch.utils.data.DataLoader(planned, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+    def __len__(self): return len(self.plan())
+
+    def __iter__(self): return self.batches(self.plan())
 
 # %% ../nbs/02b_batches.ipynb #44b13705
 def to_device(

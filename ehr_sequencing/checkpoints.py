@@ -157,7 +157,7 @@ def write_state(
     and `OSError` where there is no room."""
     with _written(Path(path), state): pass
 
-# %% ../nbs/15a_checkpoints.ipynb #470544c1
+# %% ../nbs/15a_checkpoints.ipynb #bebfe885
 _NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch\.storage UntypedStorage|torch \w+Storage|torch (u?int|b?float|complex)\d\w*|torch bool")
 _CALLS = ("OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4") # steps of a pickle that make or fill objects
 
@@ -170,6 +170,11 @@ def _asks_for(pickle):
         if step.name in ("GLOBAL", "INST") and not _NAMES.fullmatch(argument): return argument.replace(" ", ".")
         if step.name == "STACK_GLOBAL": return ".".join(strings)
         if step.name in _CALLS: return step.name
+
+
+def _is_damage(error):
+    "Whether an error while reading comes from the contents of a file, and not from the disk or for want of memory."
+    return not isinstance(error, MemoryError) and "allocate" not in str(error) and getattr(error, "errno", None) in (None, errno.EINVAL)  # a place before the start of the file
 
 
 def _inspect(path, handle):
@@ -185,14 +190,15 @@ def _inspect(path, handle):
     try:
         with zipfile.ZipFile(handle) as archive:
             parts = archive.infolist()
-            if len({p.filename for p in parts}) < len(parts) or any(p.compress_type for p in parts): raise ValueError("not as torch writes it")
+            if len({p.filename for p in parts}) < len(parts) or any(p.compress_type for p in parts) or sum(p.file_size for p in parts) > os.fstat(handle.fileno()).st_size: raise ValueError("not as torch writes it")
             pickles = [archive.read(p) for p in parts if p.filename.endswith(".pkl")]
         asked = next(filter(None, map(_asks_for, pickles)), None)
-    except (ValueError, KeyError, IndexError, RuntimeError, NotImplementedError, EOFError, struct.error, zipfile.BadZipFile, UnicodeError) as error:
+    except Exception as error:
+        if not _is_damage(error): raise
         raise ValueError(f"{path}: damaged or cut off: its archive cannot be read ({error})") from None
     if asked: raise refused(asked)
 
-# %% ../nbs/15a_checkpoints.ipynb #a8209207
+# %% ../nbs/15a_checkpoints.ipynb #e1c2db3e
 def read_state(
     path, # file that `write_state` wrote
 ) -> dict: # the state, tensors on the CPU, no two of them in the same memory
@@ -202,8 +208,9 @@ def read_state(
     with open(path, "rb") as handle:
         _inspect(path, handle); handle.seek(0)
         try: content = torch.load(handle, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError): raise
-        except Exception as error: raise ValueError(f"{path}: damaged: it cannot be read ({type(error).__name__})") from None
+        except Exception as error:
+            if not _is_damage(error): raise
+            raise ValueError(f"{path}: damaged: it cannot be read ({type(error).__name__})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT: raise ValueError(f"{path}: not a checkpoint of this version of ehr_sequencing: expected {FORMAT!r}")
     digest = hashlib.sha256()
     try: state = _walk(content.get("state"), digest, {}, False, [])

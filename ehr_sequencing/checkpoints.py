@@ -35,7 +35,7 @@ def _swap(value, kind, change):
 
 def random_states() -> dict: # "python", "numpy", "torch", and where there is such a device "cuda" and "mps"
     "The states of the global generators of random numbers, in types that a checkpoint can hold."
-    states = {"python": random.getstate(), "numpy": _swap(np.random.get_state(legacy=False), np.ndarray, lambda a: torch.from_numpy(a.copy())), "torch": torch.get_rng_state()}
+    states = {"python": random.getstate(), "numpy": _swap(np.random.get_state(legacy=False), np.ndarray, lambda a: torch.from_numpy(a.astype(np.int64))), "torch": torch.get_rng_state()}
     if torch.cuda.is_available(): states["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): states["mps"] = torch.mps.get_rng_state()
     return states
@@ -48,7 +48,7 @@ def set_random_states(
     missing = [name for name in ("python", "numpy", "torch") if name not in states]
     if missing: raise ValueError(f"states: expected those of `random_states`, and {missing[0]!r} is missing")
     random.setstate(states["python"])
-    np.random.set_state(_swap(states["numpy"], torch.Tensor, lambda t: t.numpy()))
+    np.random.set_state(_swap(states["numpy"], torch.Tensor, lambda t: t.numpy().astype(np.uint32)))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         for device, state in enumerate(states.get("cuda", [])[:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)

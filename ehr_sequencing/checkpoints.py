@@ -54,7 +54,7 @@ def set_random_states(
         for device, state in enumerate(states.get("cuda", [])[:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
     if torch.backends.mps.is_available() and "mps" in states: torch.mps.set_rng_state(states["mps"])
 
-# %% ../nbs/15a_checkpoints.ipynb #9d8a5623
+# %% ../nbs/15a_checkpoints.ipynb #3c0cedc1
 def _at(path): return "state" + "".join(f"[{key!r}]" for key in path)
 
 
@@ -62,8 +62,9 @@ def _plain_tensor(tensor, path):
     "The numbers of a tensor on the CPU, in a memory of their own size. Raises `TypeError` for what is more than numbers."
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         raise TypeError(f"{_at(path)}: expected a tensor of numbers in memory, got a {type(tensor).__name__} ({tensor.layout}, {tensor.dtype}, {tensor.device}). Convert it to a plain dense tensor")
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    rows = torch.empty(plain.shape, dtype=plain.dtype, device="meta").stride()  # of one or no number any stride counts as contiguous, and would be in the file
+    return plain if plain.stride() == rows and plain.untyped_storage().nbytes() == plain.nbytes else torch.empty(plain.shape, dtype=plain.dtype).copy_(plain)
 
 
 def _mark(value, path):

@@ -235,7 +235,7 @@ def _first_good(paths):
         except (OSError, ValueError) as error: refused.append(str(error))
     return None, None, None, refused
 
-# %% ../nbs/15a_checkpoints.ipynb #432a014f
+# %% ../nbs/15a_checkpoints.ipynb #4e491b06
 class Checkpoints:
     "The checkpoints of a run: `latest.pt`, and the one before it as `previous.pt`. At every instant at least one good one is there. One process writes."
     def __init__(self,
@@ -255,7 +255,7 @@ class Checkpoints:
         "Write `latest.pt`; a good one that is there becomes `previous.pt`. Raises as `write_state`, and then nothing that was there is lost."
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except PermissionError: raise PermissionError(f"{self.folder}: no permission to make this folder. Choose another") from None
-        for leftover in self.folder.glob(".latest.pt.*"): leftover.unlink(missing_ok=True)  # of a writer that was killed
+        for leftover in self.folder.glob(".*.pt.*"): leftover.unlink(missing_ok=True)  # of a writer that was killed, here or on a machine that is gone
         with _written(self.latest, state):
             if self._good is None or _signature(self.latest) != self._good: self._good = _first_good([self.latest])[2]  # not the one that this object wrote or read
             if self._good: self.latest.replace(self.previous)

@@ -23,7 +23,8 @@ from torch import nn
 from ehr_sequencing import checkpoints
 from ehr_sequencing.checkpoints import Checkpoints, random_states, read_state, set_random_states, state_digest, write_state
 
-IN_ONE_FOLDER = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, of damaged pickles
+IN_ONE_FOLDER = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32, torch.uint64]
 
 
@@ -77,7 +78,7 @@ FEW = st.sampled_from([None, True, 1, 1.0, 0.0, -0.0, float("nan"), "", "1", "i1
 SMALL = st.recursive(FEW, lambda inner: st.lists(inner, max_size=2) | st.lists(inner, max_size=2).map(tuple) | st.dictionaries(st.sampled_from(["1", 1]), inner), max_leaves=3)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(IN_ONE_FOLDER, max_examples=500)
 @given(a=SMALL, b=SMALL)
 def test_digests_are_equal_where_the_trees_are(a, b):
     assert (state_digest(a) == state_digest(b)) == same(a, b)
@@ -110,7 +111,8 @@ def test_nothing_spoiled_is_loaded_and_the_good_one_is_not_lost(spoil, again, kn
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state = run.load()
-    assert state["step"] == (1 if caught else 2) and state_digest(state) == state_digest(STATE | {"step": state["step"]})
+    warned = any("Going on from previous.pt" in str(w.message) for w in caught)  # torch has warnings of its own about damaged pickles
+    assert state["step"] == (1 if warned else 2) and state_digest(state) == state_digest(STATE | {"step": state["step"]})
     run.save(STATE | {"step": 3})
     assert run.load()["step"] == 3 and read_state(run.previous)["step"] == state["step"]
 

@@ -153,7 +153,7 @@ def claim_folder(
     if foreign := _foreign(folder): raise FileExistsError(f"out: {folder} holds a run, but also {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which no run writes; it is left as it is. Move that away, or choose another folder with --out.")
     return "overwrite"
 
-# %% ../nbs/17_tracking.ipynb #8ab61b93
+# %% ../nbs/17_tracking.ipynb #629a165e
 def curve_names(
     history: list, # rows, one an evaluation
 ) -> list: # "loss", and each other metric
@@ -192,7 +192,7 @@ def plot_run_history(
     if best is not None:
         ax.axvline(x[best], color="0.5", lw=0.8, ls="--", zorder=0)
         ax.plot(x[best], column(name)[best], "o", mfc="none", ms=10, color=color, label=f"kept: {along} {x[best]}, {column(name)[best]:.4g}")
-    ax.set(xlabel=along, ylabel="loss (mean over units)" if metric == "loss" else metric.replace("_", " "))
+    ax.set(xlabel=along, ylabel="loss (mean over units)" if metric == "loss" else metric)
     ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
     return ax
@@ -273,7 +273,7 @@ def plot_run_calibration(
         if n < small: bar.remove()
     return ax
 
-# %% ../nbs/17_tracking.ipynb #4c3b5cc1
+# %% ../nbs/17_tracking.ipynb #92c7b88c
 def confusion_table(
     labels, # (n,) int, true class
     predicted, # (n,) int, class that the model says
@@ -308,8 +308,11 @@ def plot_run_confusion(
     if ax is None: ax = plt.subplots(figsize=(size + 0.6, size), layout="constrained")[1]
     hidden = _hidden_cells(counts, small)
     shown = np.where(hidden, 0, counts)
-    ax.imshow(shown / np.maximum(1, shown.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1.3)
-    for (i, j), n in np.ndenumerate(counts): ax.text(j, i, "hidden" if hidden[i, j] else f"{n:,}", ha="center", va="center", fontsize=9, color="0.5" if hidden[i, j] else "black", style="italic" if hidden[i, j] else "normal")
+    shares = shown / np.maximum(1, shown.sum(1, keepdims=True))
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.1)
+    for (i, j), n in np.ndenumerate(counts):
+        dark = shares[i, j] > 0.6
+        ax.text(j, i, "hidden" if hidden[i, j] else f"{n:,}", ha="center", va="center", fontsize=10, color="0.4" if hidden[i, j] else "white" if dark else "black", style="italic" if hidden[i, j] else "normal")
     ax.set(xticks=range(len(table)), yticks=range(len(table)), xticklabels=table.columns, yticklabels=table.index, xlabel="predicted class", ylabel="true class")
     return ax
 

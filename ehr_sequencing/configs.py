@@ -89,10 +89,10 @@ MODEL_TYPES = {"lstm": (LSTMConfig, SurvivalLSTM, _lstm_parameters, _lstm_memory
                "hierarchical": (HierarchicalConfig, SurvivalTransformer, _hierarchical_parameters, _hierarchical_memory)}
 SIZES = {"small": (32, 1, 2e-3), "medium": (16, 2, 1e-3), "large": (8, 4, 5e-4)} # batch size, batches accumulated, learning rate
 
-# %% ../nbs/15_configs.ipynb #c3281129
+# %% ../nbs/15_configs.ipynb #0b141d13
 def _check_name(name, value, valid):
     "Raise `ValueError` for a name that is none of the valid ones."
-    if value not in valid: raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
+    if not isinstance(value, str) or value not in valid: raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
 
 
 def _check_settings(config):
@@ -101,13 +101,28 @@ def _check_settings(config):
     for name in ("vocab_size", "batch_size", "gradient_accumulation_steps", "max_tokens", "tokens_per_visit"):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if not 0 < config.learning_rate < float("inf"): raise ValueError(f"learning_rate: expected a positive number, got {config.learning_rate!r}")
+    if not isinstance(config.learning_rate, (int, float)) or not 0 < config.learning_rate < float("inf"): raise ValueError(f"learning_rate: expected a positive number, got {config.learning_rate!r}")
+    if not isinstance(config.changes, dict): raise ValueError(f"changes: expected a dict of settings, got {type(config.changes).__name__}")
     known = [f.name for f in dataclasses.fields(MODEL_TYPES[config.model_type][0]) if f.name != "vocab_size"]
     unknown = [name for name in config.changes if name not in known]
     if unknown: raise TypeError(f"changes: {unknown[0]!r} is no setting of a model of type {config.model_type}; expected some of {', '.join(known)}")
     config.model_config  # raises for sizes that do not fit together
 
-# %% ../nbs/15_configs.ipynb #d5615b8c
+
+def _fields_of_json(config_class, text):
+    "The fields of a configuration from JSON that has all of them and no other. Raises `TypeError`, `ValueError`."
+    name, remedy = config_class.__name__, "Give what `to_json` of this version wrote"
+    if not isinstance(text, str): raise TypeError(f"text: expected a string of JSON, got {type(text).__name__}. Of a file, pass what it holds: Path(name).read_text().")
+    try: values = json.loads(text)
+    except json.JSONDecodeError as error: raise ValueError(f"text: is no JSON ({error.msg} in line {error.lineno}). {remedy}.") from None
+    if not isinstance(values, dict): raise ValueError(f"text: expected the fields of an {name}, got a JSON {type(values).__name__}. {remedy}.")
+    fields = [f.name for f in dataclasses.fields(config_class)]
+    unknown, missing = [k for k in values if k not in fields], [k for k in fields if k not in values]
+    if unknown: raise ValueError(f"text: {unknown[0]!r} is no field of an {name}; expected {', '.join(fields)}. {remedy}, or take the field out.")
+    if missing: raise ValueError(f"text: has no {', '.join(missing)}, which an {name} needs. {remedy}, or add what is missing.")
+    return values
+
+# %% ../nbs/15_configs.ipynb #30011f93
 @dataclass
 class EHRModelConfig:
     "What a run needs: the model's kind and sizes, and how it is fed. Raises `ValueError` for unknown names and numbers that make no sense, `TypeError` for unknown `changes`."
@@ -165,8 +180,8 @@ class EHRModelConfig:
         return json.dumps(dataclasses.asdict(self), indent=1)
     @classmethod
     def from_json(cls, text: str): # -> EHRModelConfig
-        "Read what `to_json` wrote."
-        return cls(**json.loads(text))
+        "Read what `to_json` wrote. Raises `ValueError` for what is no JSON or has other fields, and as the class itself."
+        return cls(**_fields_of_json(cls, text))
 
 # %% ../nbs/15_configs.ipynb #8f2e35b7
 def get_model_config(

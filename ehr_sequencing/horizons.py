@@ -75,7 +75,7 @@ def within_horizons(
     horizons, asked = np.array(check_horizons(horizons)), durations > 0
     return (types == 1) & (durations <= horizons) & asked, ((types > 0) | (durations >= horizons)) & asked
 
-# %% ../nbs/04a_horizons.ipynb #cd96ad6a
+# %% ../nbs/04a_horizons.ipynb #a81f05ea
 def visit_weights(
     store: SequenceStore, # of the visits
     rows, # (...,) rows of the store
@@ -88,42 +88,52 @@ def visit_weights(
     return np.where(visits == 0, 1, np.minimum(days / 365, 1)).astype(np.float32)
 
 
+def _visit_hazard_labels(labels, rows, first, n_visits, entry):
+    "`event_times` and `event_indicators` within windows of `n_visits` visits, and `entry_times` if the windows are tiles."
+    times = labels.event_times[rows] - first
+    times = np.where(times < (0 if entry is None else entry), -1, times)
+    goes_on = (entry is not None) & (first + n_visits <= labels.last_at_risk[rows])  # the next window begins with the next visit: the gap before it was seen
+    within = {"event_times": np.minimum(times, n_visits - 1 + goes_on), "event_indicators": labels.event_indicators[rows] & (times >= 0) & (times < n_visits)}
+    return within if entry is None else within | {"entry_times": entry}
+
+
 def attach_labels(
     batch: dict, # from `make_batch`
     store: SequenceStore, # of the batch
     labels: VisitLabels, # of the store
     periods: bool = False, # also add `period_at_risk` and `period_events` (B, V, K), what happened in each bin
-) -> dict: # the batch with `at_risk`, `horizon_bins`, `horizon_events`, `horizon_shares`, `visit_weights` (B, V) and `event_times`, `event_indicators` (B,)
-    "Add labels to a batch; visits that are padding are not at risk and have weight 0."
+) -> dict: # the batch with `at_risk`, `horizon_bins`, `horizon_events`, `horizon_shares`, `visit_weights` (B, V), `event_times`, `event_indicators` (B,), `horizons` (B, K) and, of tiles, `entry_times` (B,)
+    "Add labels to a batch; visits that are padding, or not new in a tile, are not at risk; padding has weight 0. `event_times` is -1 where the event lies before the window or its new visits."
     rows, first = batch["rows"].numpy(), batch["first_visits"].numpy()
     mask = batch["sequence_mask"].numpy()
     index = np.where(mask, first[:, None] + np.arange(mask.shape[1]), 0)  # (B, V) within the patient's history
     visits = np.where(mask, store.first_visit[rows][:, None] + index, 0)  # (B, V) among all
     bins, within = horizon_targets(labels.durations[visits], labels.events[visits], labels.horizons)
-    last = mask.sum(1) - 1
-    times = labels.event_times[rows] - first
-    at_risk = labels.at_risk[visits] & mask
+    new = batch["new_visits"].numpy() if "new_visits" in batch else mask
+    at_risk = labels.at_risk[visits] & new
     shares = np.where(mask, seen_shares(labels.durations[visits], labels.events[visits], labels.horizons), np.float32(0))
     arrays = {"at_risk": at_risk, "horizon_bins": np.where(mask, bins, 0), "horizon_events": within & mask, "horizon_shares": shares,
-              "visit_weights": np.where(mask, visit_weights(store, rows[:, None], index), np.float32(0)), "event_times": np.minimum(times, last), "event_indicators": labels.event_indicators[rows] & (times <= last)}
+              "visit_weights": np.where(mask, visit_weights(store, rows[:, None], index), np.float32(0)),
+              "horizons": np.tile(np.array(labels.horizons, dtype=np.float32), (len(rows), 1))} | _visit_hazard_labels(labels, rows, first, mask.sum(1), new.argmax(1) if "new_visits" in batch else None)
     if periods:
         trials, happened = person_periods(labels.durations[visits], labels.event_types[visits], labels.horizons)
         arrays |= {"period_at_risk": trials & at_risk[..., None], "period_events": np.where(at_risk[..., None], happened, 0)}
     return batch | {name: torch.from_numpy(a) for name, a in arrays.items()}
 
-# %% ../nbs/04a_horizons.ipynb #63c4adcb
+# %% ../nbs/04a_horizons.ipynb #8f7a2186
 def labelled_batches(
     store: SequenceStore, # of the patients
     labels: VisitLabels, # of the store
     rows=None, # patients; those who are never at risk are left out; all if None
-    training: bool = False, # shuffle, 16 patients a batch at most, and another end of long histories in each epoch
+    training: bool = False, # shuffle, 16 windows a batch at most
     transform=None, # called with each batch after its labels were added
-    **options, # of `BatchLoader`
+    **options, # of `BatchLoader`; `tile=False` leaves one window of each history, the most recent, or with `random_end=True` one that ends anywhere
 ) -> BatchLoader: # of batches with labels
     "Batches to train and validate on. Raises `ValueError` if nobody is at risk, and what `BatchLoader` raises."
     rows = np.arange(len(store)) if rows is None else row_numbers(rows, len(store))
     rows = rows[labels.last_at_risk[rows] >= 0]
     if not len(rows): raise ValueError("rows: none of these patients is at risk at any visit")
     attach = partial(attach_labels, store=store, labels=labels)
-    settings = {"shuffle": True, "random_end": True, "max_patients": 16} if training else {}
+    tile = options.pop("tile", not options.get("random_end", False))
+    settings = {"tile": labels.at_risk if tile is True else tile} | ({"shuffle": True, "max_patients": 16} if training else {})
     return BatchLoader(store, rows, labels.last_at_risk[rows], transform=Compose(attach, transform) if transform else attach, **settings | options)

@@ -64,7 +64,7 @@ def check_steps(
     wrong = (event_times < 0) | (event_times > steps) | (event_indicators.bool() & (event_times == steps))
     if wrong.any(): raise ValueError(f"event_times: {int(wrong.sum())} of {wrong.numel()} lie outside 0..{steps} (0..{steps - 1} for events)")
 
-# %% ../nbs/09_losses.ipynb #b6c73b93
+# %% ../nbs/09_losses.ipynb #50f333bf
 def _checked_shares(shares, event_times):
     "Shares as floats. Raises `ValueError` for another shape and values outside 0..1."
     if shares.shape != event_times.shape: raise ValueError(f"shares: expected shape {tuple(event_times.shape)} as event_times, got {tuple(shares.shape)}")
@@ -73,20 +73,30 @@ def _checked_shares(shares, event_times):
     return _float32(shares)
 
 
+def _checked_entries(entry_times, event_times, event_indicators):
+    "Entries as they are. Raises `ValueError` for another shape, no integers, and events before the entry."
+    if entry_times.shape != event_times.shape or entry_times.is_floating_point(): raise ValueError(f"entry_times: expected integer steps of shape {tuple(event_times.shape)} as event_times, got {tuple(entry_times.shape)}, {entry_times.dtype}")
+    early = event_indicators.bool() & (event_times < entry_times)
+    if early.any(): raise ValueError(f"entry_times: {int(early.sum())} of {early.numel()} have the event before they enter; leave them out")
+    return entry_times
+
+
 def discrete_time_nll(
     logits: Tensor, # (..., K) hazard logits of K steps
     event_times: Tensor, # (...) int64 in 0..K: step of the event, or number of steps survived
     event_indicators: Tensor, # (...) bool: the event was observed, in step `event_times`
     shares: Tensor | None = None, # (...) in [0, 1]: of the step in which observation stopped without the event, how much was seen; 0 if None
+    entry_times: Tensor | None = None, # (...) int64 in 0..K: first step that counts; 0 if None
 ) -> Tensor: # (...) negative log-likelihood of each sequence, in float32 or better
     """Negative log-likelihood of discrete-time hazards.
 
-    Raises `ValueError` where shapes differ, a time lies outside 0..K, an event lies at K (beyond the last step), a share outside 0..1, or a logit that counts is not finite."""
+    Raises `ValueError` where shapes differ, a time lies outside 0..K, an event lies at K (beyond the last step) or before the entry, a share outside 0..1, or a logit that counts is not finite."""
     check_steps(logits, event_times, event_indicators)
     step, times = torch.arange(logits.shape[-1], device=logits.device), event_times.unsqueeze(-1)  # (K,), (..., 1)
     happens = counted_events(event_indicators, torch.ones_like(event_times, dtype=torch.bool)).unsqueeze(-1) & (step == times)  # (..., K)
     counts = happens | (step < times)  # (..., K)
     if shares is not None: counts = torch.where(~event_indicators.bool().unsqueeze(-1) & (step == times), _checked_shares(shares, event_times).unsqueeze(-1), counts)
+    if entry_times is not None: counts = counts * (step >= _checked_entries(entry_times, event_times, event_indicators).unsqueeze(-1))
     z = counted_logits(logits, counts > 0)
     return (-F.logsigmoid(torch.where(happens, z, -z)) * counts).sum(-1)  # (...)
 
@@ -105,7 +115,7 @@ def mean_over_patients(
     sums = values.sum(1)
     return (sums / counts.clamp(min=1))[counts > 0].mean()
 
-# %% ../nbs/09_losses.ipynb #7ec96210
+# %% ../nbs/09_losses.ipynb #162ed4d9
 def at_risk_mask(
     event_times: Tensor, # (B,) or (B, V) int64; -1 for never at risk
     at_risk: Tensor | None, # the same shape, bool, or None
@@ -125,12 +135,14 @@ def survival_nll(
     at_risk: Tensor | None = None, # the same shape, bool: which sequences count; all with a time of 0 or more if None
     weights: Tensor | None = None, # the same shape, 0 or more: of each sequence, from what was known before it; None gives each patient the same
     shares: Tensor | None = None, # the same shape, in [0, 1]: of the step in which observation stopped, how much was seen; 0 if None
+    entry_times: Tensor | None = None, # the same shape, int64: first step that counts; 0 if None
 ) -> Tensor: # scalar
     """Negative log-likelihood: the mean over patients of the weighted sum over a patient's sequences, or of their mean if no weights are given.
 
     Raises `NobodyAtRisk` if no sequence counts, `ValueError` as `discrete_time_nll` and for weights of another shape."""
     counts = at_risk_mask(event_times, at_risk)
-    nll = discrete_time_nll(logits, event_times.masked_fill(~counts, 0), counted_events(event_indicators, counts), None if shares is None else shares.masked_fill(~counts, 0))  # (B,) or (B, V)
+    shares, entry_times = (None if x is None else x.masked_fill(~counts, 0) for x in (shares, entry_times))
+    nll = discrete_time_nll(logits, event_times.masked_fill(~counts, 0), counted_events(event_indicators, counts), shares, entry_times)  # (B,) or (B, V)
     if weights is None: return mean_over_patients(nll, counts)
     if weights.shape != counts.shape: raise ValueError(f"weights: expected shape {tuple(counts.shape)} as event_times, got {tuple(weights.shape)}")
     patients = counts.reshape(len(counts), -1).any(1).sum()
@@ -160,9 +172,10 @@ class DiscreteTimeSurvivalLoss(nn.Module):
         at_risk: Tensor | None = None, # the same shape, bool
         weights: Tensor | None = None, # the same shape
         shares: Tensor | None = None, # the same shape
+        entry_times: Tensor | None = None, # the same shape, int64
     ) -> Tensor: # scalar
         "See `survival_nll`."
-        return survival_nll(logits, event_times, event_indicators, at_risk, weights, shares)
+        return survival_nll(logits, event_times, event_indicators, at_risk, weights, shares, entry_times)
 
 # %% ../nbs/09_losses.ipynb #a09a7bc5
 def _elementwise(loss, predictions, targets):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TrainingSettings', 'ValidationConcordance', 'parameter_table', 'RunState', 'Trainer', 'plot_losses']
 
-# %% ../nbs/16_training.ipynb #b3d2e080
+# %% ../nbs/16_training.ipynb #e3c80a5c
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import random
 import signal
 import threading
 import time
@@ -35,7 +36,7 @@ from .metrics import COLORS, concordance_index
 from .steps import (PRECISIONS, SCHEDULES, learning_rate_factor, make_accelerator, make_optimizer, mean_loss, mean_over_units, n_patients, plan_steps, share_step,
                                   sum_over_processes, train_step)
 
-# %% ../nbs/16_training.ipynb #b30225ea
+# %% ../nbs/16_training.ipynb #3c14c82e
 _FREE = ("device", "mixed_precision", "checkpoint_steps", "checkpoint_minutes") # settings that a resumed run may change
 
 
@@ -56,7 +57,7 @@ class TrainingSettings:
     evaluate_every: int | None = None # steps between evaluations; None for the end of each epoch
     device: str = "auto" # "auto", "cpu", "cuda" or "mps"
     mixed_precision: str = "no" # "no", "bf16" or "fp16"
-    seed: int = 0 # of dropout
+    seed: int = 0 # of dropout, and of whatever else draws from the generators of PyTorch, NumPy and Python
     checkpoint_steps: int | None = None # steps between checkpoints; None for minutes alone
     checkpoint_minutes: float = 10.0 # minutes between checkpoints
 
@@ -319,7 +320,7 @@ class _Stepping(_Saving):
         self._tell()
         self._call("on_evaluation")
 
-# %% ../nbs/16_training.ipynb #b1a8a17d
+# %% ../nbs/16_training.ipynb #3e96be0e
 class Trainer(_Stepping):
     "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
     def __init__(self,
@@ -366,7 +367,8 @@ class Trainer(_Stepping):
         if self._used: raise ValueError("fit: this Trainer has already been used; make a new one to train further")
         if self.checkpoints is not None and self.checkpoints.exists and not self.resume: raise FileExistsError(f"{self.checkpoints.folder}: holds the checkpoint of another run. Resume it with --resume, replace it with --overwrite, or choose another folder.")
         self._used, self._clocked_at = True, time.perf_counter()
-        torch.manual_seed(self.settings.seed + 1_000_003 * self.accelerator.process_index)
+        seed = self.settings.seed + 1_000_003 * self.accelerator.process_index
+        random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
         if self.resume: self._go_on()
         self._saved_at, self._saved_steps = time.perf_counter(), self.run.steps
         self.train.set_epoch(0)

@@ -338,6 +338,21 @@ def test_a_save_that_is_killed_leaves_a_whole_model(tmp_path):
     assert done.stdout == "whole\n", done.stderr
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_diverged_is_not_saved(kind, tmp_path):
+    "Any tensor, any such number; the folder is as it was, to the byte."
+    good, bad = build(kind, 35), build(kind, 35)
+    good.save_pretrained(tmp_path / "model")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for i, (name, tensor) in enumerate(bad.named_parameters()):
+        was = tensor.detach().clone()
+        with torch.no_grad(): tensor.reshape(-1)[i % tensor.numel()] = (torch.nan, torch.inf, -torch.inf)[i % 3]
+        with pytest.raises(ValueError, match=f"1 of .* numbers of the tensor '{name}' are NaN or infinite"): bad.save_pretrained(tmp_path / "model")
+        with torch.no_grad(): tensor.copy_(was)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    bad.save_pretrained(tmp_path / "model")
+
+
 def test_unknown_and_missing_settings_are_named(saved):
     load = BEHRTForSequenceClassification.from_pretrained
     with pytest.raises(TypeError, match="n_label: .* has no such setting; expected one of n_labels, problem"): load(saved, n_label=2)

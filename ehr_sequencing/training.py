@@ -320,7 +320,7 @@ class _Stepping(_Saving):
         self._tell()
         self._call("on_evaluation")
 
-# %% ../nbs/16_training.ipynb #3e96be0e
+# %% ../nbs/16_training.ipynb #aa75eb70
 class Trainer(_Stepping):
     "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
     def __init__(self,
@@ -349,6 +349,13 @@ class Trainer(_Stepping):
     def history(self) -> list: # one dict an evaluation: epoch, step, train_loss, validation_loss, learning_rate and the metrics
         "What the evaluations said."
         return self.run.history
+
+    @property
+    def stopped(self) -> str | None: # None as long as it has not
+        "Why training ended."
+        chosen = self.settings
+        if not self.run.finished: return None
+        return f"all {chosen.epochs} epochs done" if self.run.epoch >= chosen.epochs else f"{chosen.monitor} did not improve for {chosen.patience} evaluations"
 
     def _call(self, name):
         "Tell the callbacks, on the first process."

@@ -113,19 +113,21 @@ def best_runs(
         rows.append({"group": group, "run": same[k].name, **{key: m[k][key] for key in ("value", "low", "high")}, "of": len(same), "overlapping": [r.name for i, r in enumerate(same) if i != k and not _apart(m[i], m[k])]})
     return pd.DataFrame(rows).set_index("group").astype({"value": float, "low": float, "high": float})
 
-# %% ../nbs/17a_run_tables.ipynb #d0a7b7e9
+# %% ../nbs/17a_run_tables.ipynb #66e0306d
 AGAINST = {"parameters": "parameters", "trainable_parameters": "trained parameters", "seconds": "time of the run (minutes)"}
 
 
 def _plot_group(runs, metric, against, ax):
     "One group."
+    places = []
     for k, run in enumerate(runs):
         m, x = run.metrics[metric], run.seconds / 60 if against == "seconds" else run.summary["model"][against]
         ends = None if None in (m["low"], m["high"]) else [[max(0, m["value"] - m["low"])], [max(0, m["high"] - m["value"])]]
         ax.errorbar([x], [m["value"]], ends, fmt=MARKERS[k % 5], color=COLORS[k % 5], ms=6, lw=1.2, capsize=3)
         ax.annotate(run.name, (x, m["value"]), xytext=(7, 4), textcoords="offset points", fontsize=8)
-    ax.set(xscale="log", xlabel=AGAINST[against], ylabel=f"{metric}, with its interval")
-    ax.margins(x=0.3)
+        places.append(x)
+    wide = max(places) / min(places)
+    ax.set(xscale="log", xlabel=AGAINST[against], ylabel=f"{metric}, with its interval", xlim=(min(places) / 2 / wide**0.1, max(places) * 4 * wide**0.4))  # names stand to the right
 
 
 def plot_quality(

@@ -9,8 +9,9 @@ __all__ = ['SMALL', 'KIND', 'FORMAT', 'TREE', 'HISTORY', 'HIGHER', 'LOWER', 'MAY
            'plain_metric', 'describe_hardware', 'describe_code', 'readable_time', 'summary_text', 'RunFolder', 'RunLog',
            'describe_training', 'RunEnd', 'ExperimentTracker', 'Run', 'load_run']
 
-# %% ../nbs/17_tracking.ipynb #79df18f8
+# %% ../nbs/17_tracking.ipynb #ccad4c7c
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,7 +32,6 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from accelerate.utils import is_mlflow_available, is_tensorboard_available
 from torch import nn
 
-from . import __version__
 from .behrt import count_parameters
 from .calibration import group_table, plot_calibration
 from .censoring import check_survival
@@ -84,7 +84,7 @@ def hide_small(
     if isinstance(counts, list): return [hide_small(v, small) for v in counts]
     return f"<{small}" if isinstance(counts, int) and not isinstance(counts, bool) and 0 < counts < small else counts
 
-# %% ../nbs/17_tracking.ipynb #8f38170f
+# %% ../nbs/17_tracking.ipynb #fd6ba7f7
 KIND, FORMAT = "ehr_sequencing run", 1
 TREE = ("checkpoints", "plots", "logs", "model", "hyperparameters.json", "metadata.json", "summary.json", "SUMMARY.txt")
 HISTORY = "logs/metrics_history.json"
@@ -114,10 +114,13 @@ def _foreign(folder):
 
 
 def _has_something(folder):
-    "Has a run anything that would be missed?"
-    return (folder/HISTORY).exists() or (folder/"summary.json").exists() or any((folder/"checkpoints").glob("*.pt"))
+    "Has a run anything that would be missed? Its first checkpoint is of step 0, and is not."
+    return any((folder/name).exists() for name in (HISTORY, "summary.json", "checkpoints/best_model.pt", "checkpoints/previous.pt"))
 
-# %% ../nbs/17_tracking.ipynb #5233f300
+
+def _is_free(folder): return not folder.exists() or folder.is_dir() and not any(p.is_file() or p.is_symlink() for p in folder.rglob("*"))
+
+# %% ../nbs/17_tracking.ipynb #8fc2c3c1
 def _aside(folder): return folder.with_name(f".{folder.name}.replaced")
 
 
@@ -131,7 +134,7 @@ def put_back(
         shutil.rmtree(_aside(folder))
         return False
     if folder.exists():
-        if any(folder.iterdir()) and (not is_run(folder) or _foreign(folder)): raise FileExistsError(f"out: {folder} is no run, and {_aside(folder).name} beside it holds a run that was being replaced. Move one of them away.")
+        if not _is_free(folder) and (not is_run(folder) or _foreign(folder)): raise FileExistsError(f"out: {folder} is no run, and {_aside(folder).name} beside it holds a run that was being replaced. Move one of them away.")
         shutil.rmtree(folder)
     _aside(folder).rename(folder)
     return True
@@ -146,7 +149,7 @@ def claim_folder(
     folder = Path(folder)
     put_back(folder)
     if folder.exists() and not folder.is_dir(): raise FileExistsError(f"out: {folder} is a file. Choose another folder with --out.")
-    if not folder.exists() or not any(folder.iterdir()): return "new"
+    if _is_free(folder): return "new"
     if not is_run(folder): raise FileExistsError(f"out: {folder} exists and holds no run of this library; it is left as it is. Choose another folder with --out.")
     if resume: return "resume"
     if not overwrite: raise FileExistsError(f"out: {folder} already holds a run. Choose another folder with --out, go on with --resume, or replace it with --overwrite.")
@@ -223,19 +226,21 @@ def run_survival(
         rows.append(pd.DataFrame({"group": g, "days": days, "n": mine.sum(), "events": events[mine].sum(), "at_risk": at_risk, "observed": value("survival"), "low": value("low"), "high": value("high"), "predicted": predicted})[at_risk >= small])
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/17_tracking.ipynb #85c7a311
+# %% ../nbs/17_tracking.ipynb #319fbdda
 def plot_run_survival(
     table: pd.DataFrame, # of `run_survival`
     ax=None, # matplotlib axes; new ones if None
-    small: int = SMALL, # the smallest number of events that is told
+    small: int = SMALL, # where a group has fewer events, numbers of events are not told
 ): # -> the axes
     "Observed survival of each group of predicted risk with its 95 % band (solid), and the model's mean (dashed)."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.8), layout="constrained")[1]
     names = {1: ["all"], 2: ["lower half", "upper half"], 3: ["lowest third", "middle third", "highest third"]}.get(table.group.nunique())
+    tell_events = not ((table.events > 0) & (table.events < small)).any()  # one that is missing could be worked out from the others
     for k, (g, t) in enumerate(table.groupby("group")):
-        n, events, color, years = t.n.iloc[0], t.events.iloc[0], COLORS[k % 5], t.days / 365.25
-        ax.plot(years, t.observed, color=color, drawstyle="steps-post", label=f"{names[k] if names else f'group {g + 1}'} of predicted risk: {n:,} patients, {hide_small(int(events), small)} events")
+        color, years = COLORS[k % 5], t.days / 365.25
+        about = f"{t.n.iloc[0]:,} patients" + (f", {t.events.iloc[0]:,} events" if tell_events else "")
+        ax.plot(years, t.observed, color=color, drawstyle="steps-post", label=f"{names[k] if names else f'group {g + 1}'} of predicted risk: {about}")
         ax.fill_between(years, t.low, t.high, step="post", color=color, alpha=0.15, lw=0)
         if t.predicted.notna().any(): ax.plot(years, t.predicted, color=color, ls="--", lw=1.2, marker="os^Dv"[k % 5], markevery=max(1, len(t) // 6), ms=4)
     if table.predicted.notna().any(): ax.plot([], [], color="0.3", ls="--", marker="o", ms=4, label="mean of the model's curves")
@@ -273,7 +278,7 @@ def plot_run_calibration(
         if n < small: bar.remove()
     return ax
 
-# %% ../nbs/17_tracking.ipynb #92c7b88c
+# %% ../nbs/17_tracking.ipynb #73bb6c87
 def confusion_table(
     labels, # (n,) int, true class
     predicted, # (n,) int, class that the model says
@@ -311,7 +316,7 @@ def plot_run_confusion(
     shares = shown / np.maximum(1, shown.sum(1, keepdims=True))
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.1)
     for (i, j), n in np.ndenumerate(counts):
-        dark = shares[i, j] > 0.6
+        dark = shares[i, j] > 0.65
         ax.text(j, i, "hidden" if hidden[i, j] else f"{n:,}", ha="center", va="center", fontsize=10, color="0.4" if hidden[i, j] else "white" if dark else "black", style="italic" if hidden[i, j] else "normal")
     ax.set(xticks=range(len(table)), yticks=range(len(table)), xticklabels=table.columns, yticklabels=table.index, xlabel="predicted class", ylabel="true class")
     return ax
@@ -351,23 +356,23 @@ def plain_metric(
     if None not in (found["low"], found["high"]) and found["low"] > found["high"]: raise ValueError(f"metrics: the interval of '{name}' ends before it begins")
     return found
 
-# %% ../nbs/17_tracking.ipynb #214904c3
+# %% ../nbs/17_tracking.ipynb #191c7ff6
 def describe_hardware(
     hardware: dict, # of `collect_provenance`
 ) -> str:
     "The machine in one line."
-    gpus = [g if isinstance(g, str) else f"{g.get('name', 'GPU')}, {g['memory_gb']:g} GB" if g.get("memory_gb") else g.get("name", "GPU") for g in hardware.get("gpus") or []]
-    parts = [hardware.get("cpu"), hardware.get("cores") and f"{hardware['cores']} cores", hardware.get("memory_gb") and f"{hardware['memory_gb']:g} GB", *gpus, hardware.get("platform")]
-    return ", ".join(str(p) for p in parts if p)
+    gpus = [f"{g['name']} ({g['memory_gb']:g} GB)" if g.get("memory_gb") else g["name"] for g in hardware.get("gpus") or []]
+    cores, memory, system = ([hardware[name]] if hardware.get(name) else [] for name in ("cores", "memory_gb", "system"))
+    return ", ".join([*gpus, hardware.get("processor") or "unknown processor", *(f"{n} cores" for n in cores), *(f"{gb:g} GB" for gb in memory), *system])
 
 
 def describe_code(
     provenance: dict, # of `collect_provenance`
 ) -> str:
     "Version, commit and the main libraries in one line."
-    git, versions = provenance.get("git"), provenance.get("versions", {})
-    commit = "no commit is known" if not git or not git.get("commit") else f"commit {git['commit'][:12]}{' with changes that are not committed' if git.get('dirty') else ''}"
-    return ", ".join([f"ehr_sequencing {versions.get('ehr_sequencing', __version__)}", commit, *(f"{n} {versions[n]}" for n in ("python", "torch", "accelerate") if n in versions)])
+    git, versions = provenance["git"], provenance["versions"]
+    commit = f"commit {git['commit'][:12]}{' with changes that are not committed' if git['dirty'] else ''}" if git["commit"] else "commit not known"
+    return ", ".join([f"ehr_sequencing {versions['ehr_sequencing']}", commit, *(f"{n} {versions[n]}" for n in ("python", "torch", "accelerate") if versions.get(n))])
 
 # %% ../nbs/17_tracking.ipynb #ee2e7dcb
 def readable_time(
@@ -489,7 +494,13 @@ class _Elsewhere:
         self._each(lambda t: t.finish())
         _hide_host(self.folder)
 
-# %% ../nbs/17_tracking.ipynb #5949fa82
+# %% ../nbs/17_tracking.ipynb #fd4e9988
+@functools.cache
+def _surroundings():
+    "Versions, code and machine: they take a second to find out and stay what they are while a process runs."
+    return collect_provenance()
+
+
 class RunFolder:
     "The folder of a run: who may write there, since when, in how many sessions."
     def __init__(self, folder, name, overwrite, resume):
@@ -518,7 +529,7 @@ class RunFolder:
 
     def _open_session(self, how, seed, data):
         "Metadata of a new run, or those of one that goes on, with the sessions before."
-        facts, before = collect_provenance(seed), _read_json(self.folder/"metadata.json") if how == "resume" else {}
+        facts, before = _surroundings() | {"seed": seed}, _read_json(self.folder/"metadata.json") if how == "resume" else {}
         if before:
             logged = _read_json(self.folder/HISTORY) if (self.folder/HISTORY).exists() else {"history": [], "timings": [], "best": None, "session_seconds": 0.0}
             self.history, self.timings, self.best = logged["history"], logged["timings"], logged["best"]
@@ -593,12 +604,12 @@ class RunLog(RunFolder):
         sign = 1 if values and higher_is_better(self.monitor) else -1
         self.best = max(values, key=lambda i: (sign * values[i], -i), default=None)
 
-# %% ../nbs/17_tracking.ipynb #e74adc05
+# %% ../nbs/17_tracking.ipynb #a44e5b01
 def describe_training(
     trainer, # a Trainer
 ) -> tuple: # hyperparameters, data, seed
     "What a Trainer knows of its run: settings of the training and of the model, fingerprints and numbers of patients."
-    model, loaders = trainer.accelerator.unwrap_model(trainer.model), {"train": trainer.train, "validation": trainer.validation}
+    model, loaders = trainer.module, {"train": trainer.train, "validation": trainer.validation}
     counts = {part: {"patients": len(np.unique(loader.rows)), "visits": int(loader.store.n_visits[np.unique(loader.rows)].sum())} for part, loader in loaders.items()}
     split = {part: loader.store.fingerprint(np.unique(loader.rows))[:16] for part, loader in loaders.items()}
     data = {"fingerprint": trainer.train.store.fingerprint(), "split": split, "task": type(model).__name__, "counts": counts}
@@ -611,7 +622,7 @@ class _Callback(RunLog):
         "Before the first step: start, if nobody has."
         if self.how is None: self.start(*describe_training(trainer))
         self._take(trainer)
-        if self.how == "resume" and self.writes: self.metadata["sessions"][-1]["resumed_at_step"] = trainer.step
+        if self.how == "resume" and self.writes: self.metadata["sessions"][-1]["resumed_at_step"] = trainer.run.steps
 
     def on_evaluation(self, trainer):
         "After an evaluation: take the history, write it, draw it if it is time."
@@ -625,11 +636,9 @@ class _Callback(RunLog):
 
     def _take(self, trainer):
         "History, timings and the best row as the Trainer has them."
-        self.history, self.timings, self.monitor = list(trainer.history), list(trainer.timings), trainer.settings.monitor
-        self.best = trainer.best["row"] if trainer.best else None
-        s, behind = trainer.settings, len(self.history) - 1 - (self.best or 0)
-        if self.best is not None and behind >= s.patience: self._why = f"stopped early, since {s.monitor} had not improved for {behind} evaluations"
-        else: self._why = f"all {s.epochs} epochs are done"
+        run, chosen = trainer.run, trainer.settings
+        self.history, self.timings, self.monitor, self.best = list(run.history), list(run.timings), chosen.monitor, run.best["row"] if run.best else None
+        self._why = trainer.stopped
 
 # %% ../nbs/17_tracking.ipynb #ff056770
 def _place(row, index):

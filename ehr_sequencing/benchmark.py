@@ -7,21 +7,18 @@ __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', '
            'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table', 'plot_survival',
            'write_results', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #62b1e53c
+# %% ../nbs/18_benchmark.ipynb #506de52d
 import dataclasses
 import json
-import platform
 import re
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from . import __version__
 from .baselines import CoxBaseline
 from .behrt import BEHRTConfig, count_parameters
 from .bootstrap import bootstrap_concordance, interval
@@ -33,12 +30,14 @@ from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import concordance_index, plot_risk_groups
 from .oracle import oracle_risk
 from .outcomes import Outcome, VisitLabels, feature_exclusions, label_visits
+from .provenance import collect_provenance
 from .readers import read_events
 from .sequences import SequenceStore, build_store
 from .splits import split_patients
 from .survival import BEHRTForSurvival, SurvivalModel
 from .synthetic import OUTCOME_CODE, SyntheticCohort, simulate_cohort
-from .training import Trainer, make_accelerator, plot_losses
+from .steps import make_accelerator
+from .training import Trainer, plot_losses
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
 # %% ../nbs/18_benchmark.ipynb #f2d2cab9
@@ -307,7 +306,7 @@ def plot_survival(
     for ax in axes.flat[len(arms):]: ax.remove()
     return fig
 
-# %% ../nbs/18_benchmark.ipynb #26e3a561
+# %% ../nbs/18_benchmark.ipynb #75fd26f9
 def _report(config, cohort, table, comparisons):
     "The Markdown page of a run."
     parts = [f"# {cohort.table.name_of(config.outcome)}: who, within {config.horizon_years:g} years?", conclusion(cohort, comparisons, config), to_markdown(readable_table(table)),
@@ -325,10 +324,9 @@ def _meta(cohort):
 
 
 def _settings(config):
-    "Settings and versions; of the source only its name, since a path can name a person."
+    "Settings and provenance; of the source only its name, since a path can name a person."
     settings = dataclasses.asdict(config) | {"source": None if config.source is None else Path(config.source).name.split("?")[0], "out": config.folder.name, "horizons": config.horizons}
-    packages = ("torch", "accelerate", "polars", "lifelines", "numpy")
-    return settings | {"versions": {"ehr_sequencing": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}}
+    return settings | {"provenance": collect_provenance(config.seed)}
 
 
 def write_results(

@@ -54,7 +54,7 @@ def set_random_states(
         for device, state in enumerate(states.get("cuda", [])[:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
     if torch.backends.mps.is_available() and "mps" in states: torch.mps.set_rng_state(states["mps"])
 
-# %% ../nbs/15a_checkpoints.ipynb #9d8a5623
+# %% ../nbs/15a_checkpoints.ipynb #3c0cedc1
 def _at(path): return "state" + "".join(f"[{key!r}]" for key in path)
 
 
@@ -62,8 +62,9 @@ def _plain_tensor(tensor, path):
     "The numbers of a tensor on the CPU, in a memory of their own size. Raises `TypeError` for what is more than numbers."
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         raise TypeError(f"{_at(path)}: expected a tensor of numbers in memory, got a {type(tensor).__name__} ({tensor.layout}, {tensor.dtype}, {tensor.device}). Convert it to a plain dense tensor")
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    rows = torch.empty(plain.shape, dtype=plain.dtype, device="meta").stride()  # of one or no number any stride counts as contiguous, and would be in the file
+    return plain if plain.stride() == rows and plain.untyped_storage().nbytes() == plain.nbytes else torch.empty(plain.shape, dtype=plain.dtype).copy_(plain)
 
 
 def _mark(value, path):
@@ -111,7 +112,7 @@ def state_digest(
     _walk(tree, digest, {}, False, [])
     return digest.hexdigest()
 
-# %% ../nbs/15a_checkpoints.ipynb #679f1f5e
+# %% ../nbs/15a_checkpoints.ipynb #c9e9e73a
 FORMAT = "ehr_sequencing checkpoint 1" # what a checkpoint says it is
 
 
@@ -131,7 +132,7 @@ def _clear_errors(path, needed):
         clear.errno = cause.errno
         raise clear from None
 
-
+# %% ../nbs/15a_checkpoints.ipynb #4167472d
 @contextlib.contextmanager
 def _written(path, state):
     "A file with `state`, complete and on the disk, whose name it gets at the end of the block."
@@ -218,12 +219,23 @@ def read_state(
     if not isinstance(state, dict) or digest.hexdigest() != content.get("sha256"): raise ValueError(f"{path}: damaged: its contents are not those that were written (their SHA-256 is another)")
     return state
 
-# %% ../nbs/15a_checkpoints.ipynb #fddce3b8
+# %% ../nbs/15a_checkpoints.ipynb #677b920a
 def _signature(path):
     "Tells whether a file is still the one it was; None if it is not there."
     with contextlib.suppress(FileNotFoundError): info = os.stat(path); return info.st_ino, info.st_size, info.st_mtime_ns
 
 
+def _first_good(paths):
+    "The state in the first of some files that is good, that file, its signature, and why those before it were refused."
+    refused = []
+    for path in paths:
+        signature = _signature(path)
+        if signature is None: continue
+        try: return read_state(path), path, signature, refused
+        except (OSError, ValueError) as error: refused.append(str(error))
+    return None, None, None, refused
+
+# %% ../nbs/15a_checkpoints.ipynb #4e491b06
 class Checkpoints:
     "The checkpoints of a run: `latest.pt`, and the one before it as `previous.pt`. At every instant at least one good one is there. One process writes."
     def __init__(self,
@@ -237,36 +249,22 @@ class Checkpoints:
         "Whether there is a checkpoint, good or not."
         return self.latest.exists() or self.previous.exists()
 
-    def _latest_is_good(self):
-        "Whether `latest.pt` can be read; it is read only if it is not known."
-        signature = _signature(self.latest)
-        if signature is None or signature == self._good: return signature is not None
-        try: read_state(self.latest)
-        except (OSError, ValueError): return False
-        self._good = signature
-        return True
-
     def save(self,
         state: dict, # as for `state_digest`
     ):
         "Write `latest.pt`; a good one that is there becomes `previous.pt`. Raises as `write_state`, and then nothing that was there is lost."
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except PermissionError: raise PermissionError(f"{self.folder}: no permission to make this folder. Choose another") from None
-        for name in (".latest.pt.*", ".previous.pt.*"):
-            for leftover in self.folder.glob(name): leftover.unlink(missing_ok=True)  # of a writer that was killed
+        for leftover in self.folder.glob(".*.pt.*"): leftover.unlink(missing_ok=True)  # of a writer that was killed, here or on a machine that is gone
         with _written(self.latest, state):
-            if self._latest_is_good(): self.latest.replace(self.previous)
+            if self._good is None or _signature(self.latest) != self._good: self._good = _first_good([self.latest])[2]  # not the one that this object wrote or read
+            if self._good: self.latest.replace(self.previous)
         self._good = _signature(self.latest)
 
     def load(self) -> dict | None: # the state, or None if nothing was saved
         "The latest good state. Warns if `latest.pt` is refused and the previous one used. Raises `ValueError` if something is there and nothing is good."
-        refused = []
-        for path in (self.latest, self.previous):
-            signature = _signature(path)
-            if signature is None: continue
-            try: state = read_state(path)
-            except (OSError, ValueError) as error: refused.append(str(error)); continue
-            if path == self.latest: self._good = signature
-            if refused: warnings.warn(f"{refused[0]}. Going on from {path.name}, the checkpoint before it", stacklevel=2)
-            return state
-        if refused: raise ValueError(f"{self.folder}: no good checkpoint is left. {'; '.join(refused)}. Begin again in another folder")
+        state, path, signature, refused = _first_good([self.latest, self.previous])
+        self._good = signature if path == self.latest else None
+        if refused and path is None: raise ValueError(f"{self.folder}: no good checkpoint is left. {'; '.join(refused)}. Begin again in another folder")
+        if refused: warnings.warn(f"{refused[0]}. Going on from {path.name}, the checkpoint before it", stacklevel=2)
+        return state

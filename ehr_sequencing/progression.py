@@ -6,7 +6,7 @@
 __all__ = ['Stages', 'StageEnds', 'stage_ends', 'ProgressionLabels', 'label_progression', 'attach_progression',
            'ProgressionOutput', 'ProgressionLoss', 'progression_loss', 'ProgressionModel', 'BEHRTForProgression']
 
-# %% ../nbs/11b_progression.ipynb #017bbfb3
+# %% ../nbs/11b_progression.ipynb #8302a771
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ from .behrt import BEHRT, BEHRTConfig
 from .events import EventTable
 from .horizons import attach_labels
 from .landmarks import Landmarks
-from .losses import compute_masked_loss, horizon_loss
+from .losses import compute_masked_loss
 from .outcomes import Outcome, PatientEnds, VisitLabels, flow_frame, labels_of_ends, patient_ends
 from .saved_models import evaluating
 from .sequences import SequenceStore
-from .survival import HazardHead, SurvivalModel, check_direction, landmark_outputs
+from .survival import HazardHead, SurvivalModel, check_direction, check_labels, landmark_outputs, row_weights, survival_loss
 
 # %% ../nbs/11b_progression.ipynb #83b4558d
 @dataclass(frozen=True)
@@ -155,20 +155,22 @@ def _progression_flow(store, labels, n_patients, rows):
                ("observed until the stage to come", labels.stage_known.sum(), "part"), ("not observed so long", (labels.at_risk & ~labels.stage_known).sum(), "part")]
     return flow_frame(steps), flow_frame(visits, "visits")
 
-# %% ../nbs/11b_progression.ipynb #90cbae28
+# %% ../nbs/11b_progression.ipynb #484d6a08
 def attach_progression(
     batch: dict, # from `make_batch`
     store: SequenceStore, # of the batch
     labels: ProgressionLabels, # of the store
-) -> dict: # the batch with what `attach_labels` adds, and `stages`, `future_stages` int64 and `stage_known` bool, all (B, V)
-    "Add labels to a batch. Visits that are padding are in stage 0, not at risk and not known."
+) -> dict: # the batch with what `attach_labels` adds, `stages`, `future_stages` int64 and `stage_known` bool, all (B, V), and `n_stages`, `stage_horizon` (B,)
+    "Add labels to a batch. Visits that are padding are in stage 0, not at risk and not known; of windows that tile a history the stage to come is known at new visits only."
     mask = batch["sequence_mask"].numpy()
     first = store.first_visit[batch["rows"].numpy()] + batch["first_visits"].numpy()
     visits = np.where(mask, first[:, None] + np.arange(mask.shape[1]), 0)  # (B, V) among all
     arrays = {"stages": np.where(mask, labels.stages[visits], 0), "future_stages": np.where(mask, labels.future_stages[visits], 0), "stage_known": labels.stage_known[visits] & mask}
-    return attach_labels(batch, store, labels) | {name: torch.from_numpy(a) for name, a in arrays.items()}
+    if "new_visits" in batch: arrays["stage_known"] &= batch["new_visits"].numpy()
+    asked = {"n_stages": torch.full((len(mask),), labels.n_stages), "stage_horizon": torch.full((len(mask),), float(labels.stage_horizon))}
+    return attach_labels(batch, store, labels) | {name: torch.from_numpy(a) for name, a in arrays.items()} | asked
 
-# %% ../nbs/11b_progression.ipynb #b6ee8e23
+# %% ../nbs/11b_progression.ipynb #2f4e429a
 class ProgressionOutput(NamedTuple):
     "Logits at every visit."
     stage_logits: Tensor # (B, V, S + 1): the stage to come; class 0 is "none coded"
@@ -188,16 +190,17 @@ def progression_loss(
     batch: dict, # with the labels of `attach_progression`
     stage_weight: float = 1.0, # alpha: of the stage to come beside the wait
 ) -> ProgressionLoss: # scalars
-    "Negative log-likelihood of the wait and cross-entropy of the stage to come. Raises `NobodyAtRisk`, a `ValueError`, if no patient of the batch is at risk, and as `horizon_loss`."
-    at_risk, weights = batch["at_risk"], batch["visit_weights"]
-    progression = horizon_loss(output.progression_logits, batch["horizon_bins"], batch["horizon_events"], at_risk, weights, batch["horizon_shares"])
+    "Negative log-likelihood of the wait and cross-entropy of the stage to come. Raises `NobodyAtRisk`, a `ValueError`, if no patient of the batch is at risk, `ValueError` for labels of another number of stages or horizons, and as `survival_loss`."
+    check_labels(batch, n_stages=output.stage_logits.shape[2] - 1)
+    at_risk, weights = batch["at_risk"], row_weights(batch)
+    progression = survival_loss(output.progression_logits, batch)
     n, known = int(at_risk.any(1).sum()), batch["stage_known"] & at_risk
     if not known.any(): return ProgressionLoss(progression, progression, progression.detach() * 0, n)
     values = compute_masked_loss(output.stage_logits, batch["future_stages"], known, F.cross_entropy, "none")  # (M,)
     stage = (values * weights[known].to(values.dtype)).sum() / n
     return ProgressionLoss(progression + stage_weight * stage, progression, stage, n)
 
-# %% ../nbs/11b_progression.ipynb #6551e88f
+# %% ../nbs/11b_progression.ipynb #9968813c
 class ProgressionModel(SurvivalModel):
     "Base of the models of stages. A subclass builds its encoder, calls `make_heads`, and defines `encode_visits(batch) -> (B, V, d)`. Raises `ValueError` for sizes that make no sense."
     question = ("n_stages", "horizons", "stage_horizon")
@@ -235,7 +238,8 @@ class ProgressionModel(SurvivalModel):
         outputs: ProgressionOutput, # of `forward`
         batch: dict, # with the labels of `attach_progression`
     ) -> tuple: # scalar loss, number of patients at risk
-        "`progression_loss`, and the number of patients over which it is the mean. Raises `NobodyAtRisk` if there is none."
+        "`progression_loss`, and the number of patients (of tiles: of windows) over which it is the mean. Raises `NobodyAtRisk` if there is none, and `ValueError` for labels of other stages, horizons or another day of the stage to come."
+        check_labels(batch, horizons=self.horizons, n_stages=self.n_stages, stage_horizon=self.stage_horizon)
         parts = progression_loss(outputs, batch, self.stage_weight)
         return parts.total, parts.n
 

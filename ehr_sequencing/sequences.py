@@ -7,7 +7,8 @@ __all__ = ['STORE_SCHEMA', 'SCHEMA_VERSION', 'tokenize_records', 'row_numbers', 
            'SequenceStore', 'open_table', 'load_sequences', 'write_store', 'draw_splits', 'known_splits', 'build_store',
            'describe_store', 'plot_store']
 
-# %% ../nbs/02_sequences.ipynb #658fdc6c
+# %% ../nbs/02_sequences.ipynb #434e6f1a
+import hashlib
 import json
 import tempfile
 from contextlib import ExitStack
@@ -150,7 +151,7 @@ def write_sequences(
         with whole_file(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, STORE_SCHEMA) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=STORE_SCHEMA))
 
-# %% ../nbs/02_sequences.ipynb #e4fb8cf1
+# %% ../nbs/02_sequences.ipynb #1b8fe867
 class StoreArrays:
     """The columns of a store as arrays.
 
@@ -162,7 +163,7 @@ class StoreArrays:
         vocabulary: Vocabulary, # of the token ids
         meta: dict | None = None, # provenance and counts
     ):
-        self.table, self.vocabulary, self.meta, self.path, self._token_offsets = table, vocabulary, meta or {}, None, None
+        self.table, self.vocabulary, self.meta, self.path, self._token_offsets, self._digests = table, vocabulary, meta or {}, None, None, None
         self.subject_ids, self.splits = _scalars(table, "subject_id"), _scalars(table, "split")
         self.births, self.deaths, self.observation_ends = (_scalars(table, c) for c in ("birth", "death", "observation_end"))
         self.static_tokens, self.static_offsets = _flat(table, "static_codes")
@@ -184,7 +185,7 @@ class StoreArrays:
         "Number of visits of each patient."
         return np.diff(self.first_visit)
 
-# %% ../nbs/02_sequences.ipynb #54c23aa9
+# %% ../nbs/02_sequences.ipynb #9e8cdfe0
 class SequenceStore(StoreArrays):
     "Token sequences of patients, one row each, with the boundaries and times of their visits. Made by `build_store` or `ehrseq_prepare`, opened by `load_sequences`."
     def __getitem__(self, row): # int -> for each visit its start and token names; slice -> SequenceStore
@@ -229,6 +230,15 @@ class SequenceStore(StoreArrays):
         splits = self.splits if fractions is None else draw_splits(self.subject_ids, fractions, seed)
         if (splits < 0).all(): raise ValueError("fractions: no split is stored with these sequences. Give fractions of training, tuning and held-out patients, such as (0.6, 0.15, 0.25).")
         return {name: self.take(np.flatnonzero(splits == i)) for i, name in enumerate(SPLITS)}
+
+    def fingerprint(self,
+        rows=None, # numbers of rows, in any order, or a mask; all if None
+    ) -> str: # 64 hexadecimal digits
+        "SHA-256 of what a model sees: the same for the same data, wherever they lie and whatever the subject ids are. Raises `TypeError`, `IndexError`."
+        if rows is None and self._digests is None: self._digests = _column_digests(self)
+        digests = self._digests if rows is None else _column_digests(self, row_numbers(rows, len(self)))
+        codes = {name: getattr(self.vocabulary, name) for name in ("tokens", "value_edges", "excluded", "roll_up")}  # names are for display
+        return hashlib.sha256(json.dumps({"schema": SCHEMA_VERSION, "columns": digests, "vocabulary": codes}, sort_keys=True).encode()).hexdigest()
 
     def describe(self): # -> data frame of `describe_store`
         "Count and describe what is here."
@@ -331,6 +341,27 @@ def build_store(
     store.meta = {"schema_version": SCHEMA_VERSION, "source": table.source, "format": table.format, "patients_without_visit": table.n_patients - len(store),
         "deduplicate": deduplicate, "rows_read": table.rows_read, "set_aside": table.set_aside, "notes": table.notes} | _counts(store)
     return store
+
+# %% ../nbs/02_sequences.ipynb #e1b9981c
+def _as_bytes(values):
+    "An array as bytes, the lowest first on every machine; without a copy on most."
+    return np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False)).view(np.uint8)
+
+
+def _column_digests(store, rows=None, block_rows=16384):
+    "Column -> SHA-256 of its lengths and values, of all rows or some. Blocks of rows, so that memory does not grow with their number."
+    scalars = {"split": store.splits, "birth": store.births, "death": store.deaths, "observation_end": store.observation_ends}
+    lists = {"static_codes": (store.static_tokens, store.static_offsets), "codes": (store.tokens, store._code_offsets),
+        "visit_offsets": (store._within, store.first_visit), "visit_starts": (store.visit_starts, store.first_visit), "visit_known": (store.visit_known, store.first_visit)}
+    blocks = [] if rows is None else [rows[start:start + block_rows] for start in range(0, len(rows), block_rows)]
+    digests = {}
+    for column in STORE_SCHEMA.names[1:]:
+        digest, (values, offsets) = hashlib.sha256(), lists.get(column) or (scalars[column], None)
+        if offsets is not None: digest.update(_as_bytes(np.diff(offsets) if rows is None else np.diff(offsets)[rows]))
+        if rows is None: digest.update(_as_bytes(values))
+        for block in blocks: digest.update(_as_bytes(values[block] if offsets is None else _take_lists(values, offsets, block)[0]))
+        digests[column] = digest.hexdigest()
+    return digests
 
 # %% ../nbs/02_sequences.ipynb #92ac6dce
 _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)

@@ -95,16 +95,19 @@ class ValidationConcordance:
         if state.num_processes > 1: mine, risks = (np.concatenate(part) for part in zip(*gather_object([(mine, risks)])))
         return {"c_index": float(concordance_index(self.landmarks.durations, self.landmarks.events, risks[np.argsort(mine)]))}
 
-# %% ../nbs/16_training.ipynb #8371260d
+# %% ../nbs/16_training.ipynb #e979a205
+_EMBEDDINGS = ("embedding", "visit_encoder", "code", "age", "time", "position", "position_scale") # what encoders call them
+
+
 def parameter_table(
     model: nn.Module, # any
 ) -> pd.DataFrame: # one row a part, and their sum: total, trainable
     "Parameters by part: embeddings, encoder, adapters, head."
-    encoder = getattr(model, "encoder", None)
+    prefix = f"{model.encoder}." if getattr(model, "encoder", None) else ""
     def part(name):
         if "lora_" in name: return "adapters"
-        inside = encoder is None or encoder == "" or name.startswith(f"{encoder}.")
-        return "embeddings" if "embedding" in name else "encoder" if inside else "head"
+        if not name.startswith(prefix): return "head"
+        return "embeddings" if name[len(prefix):].split(".")[0] in _EMBEDDINGS else "encoder"
     rows = pd.DataFrame([(part(name), p.numel(), p.numel() * p.requires_grad) for name, p in model.named_parameters()], columns=["part", "total", "trainable"])
     table = rows.groupby("part")[["total", "trainable"]].sum()
     table = table.reindex([name for name in ("embeddings", "encoder", "adapters", "head") if name in table.index])

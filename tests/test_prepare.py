@@ -57,7 +57,7 @@ def reference(meds, tmp_path_factory):
 
 
 def assert_same(store, reference):
-    assert store.table.equals(reference.table) and store.vocabulary == reference.vocabulary and store.meta == reference.meta
+    assert store.table.equals(reference.table) and store.vocabulary == reference.vocabulary and store.meta == reference.meta and store.fingerprint() == reference.fingerprint()
 
 
 def test_processes_do_not_matter(meds, reference, tmp_path):

@@ -23,7 +23,7 @@ from ehr_sequencing.synthetic import CONDITIONS, OUTCOME_CODE, simulate_cohort
 from ehr_sequencing.transformers import HierarchicalConfig, SurvivalTransformer, TransformerProgressionModel
 from ehr_sequencing.vocabulary import fit_vocabulary
 
-HORIZONS, STAGES = (365, 1095, 1825), 5
+HORIZONS, STAGES = (365, 1095, 1825), 3
 MODELS = {  # name -> class, class of the configuration, changes of the configuration, other arguments
     "BEHRT, visit hazards": (BEHRTForSurvival, BEHRTConfig, {}, {}),
     "BEHRT, horizons": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS}),
@@ -40,7 +40,7 @@ MODELS = {  # name -> class, class of the configuration, changes of the configur
     "hierarchical, visit hazards": (SurvivalTransformer, HierarchicalConfig, {}, {}),
     "hierarchical, horizons, attention over codes": (SurvivalTransformer, HierarchicalConfig, {"pooling": "attention"}, {"horizons": HORIZONS}),
     "BEHRT, progression": (BEHRTForProgression, BEHRTConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
-    "LSTM, progression": (LSTMProgressionModel, LSTMConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS, "stage_horizon": 365, "stage_weight": 0.5}),
+    "LSTM, progression": (LSTMProgressionModel, LSTMConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS, "stage_weight": 0.5}),
     "hierarchical, progression": (TransformerProgressionModel, HierarchicalConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
 }
 SMALL = {BEHRTConfig: {"embedding_dim": 16, "hidden_size": 32}, HierarchicalConfig: {"embedding_dim": 16, "hidden_size": 32}, LSTMConfig: {"embedding_dim": 16, "hidden_size": 32}}
@@ -168,7 +168,7 @@ def test_labels_do_not_depend_on_the_layout(cohort, max_tokens):
     _, store, labels, _ = cohort
     assert (BEHRTForSurvival.layout, SurvivalLSTM.layout) == ("flat", "hierarchical")
     rows = split_patients(labels)["train"]
-    flat, nested = (by_patient(labelled_batches(store, labels, rows, layout=layout, token_budget=budget, max_tokens=max_tokens)) for layout, budget in (("flat", 2000), ("hierarchical", 3000)))
+    flat, nested = (by_patient(labelled_batches(store, labels, rows, layout=layout, token_budget=budget, max_tokens=max_tokens, tile=False)) for layout, budget in (("flat", 2000), ("hierarchical", 3000)))
     assert flat.keys() == nested.keys() and len(flat) == (labels.last_at_risk[rows] >= 0).sum() > 100
     for row, mine in flat.items():
         assert mine.keys() == nested[row].keys() >= LABELS

@@ -26,7 +26,7 @@ import torch
 from .jobs import whole_file
 from .saved_models import tensor_digest
 
-# %% ../nbs/15a_checkpoints.ipynb #abe6fe38
+# %% ../nbs/15a_checkpoints.ipynb #a8e79335
 def _swap(value, kind, change):
     "Change all values of a kind in nested dicts."
     if isinstance(value, dict): return {key: _swap(part, kind, change) for key, part in value.items()}

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TrainingSettings', 'ValidationConcordance', 'parameter_table', 'RunState', 'Trainer', 'plot_losses']
 
-# %% ../nbs/16_training.ipynb #e3c80a5c
+# %% ../nbs/16_training.ipynb #afd8154c
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,7 @@ from .metrics import COLORS, concordance_index
 from .steps import (PRECISIONS, SCHEDULES, learning_rate_factor, make_accelerator, make_optimizer, mean_loss, mean_over_units, n_patients, plan_steps, share_step,
                                   sum_over_processes, train_step)
 
-# %% ../nbs/16_training.ipynb #3c14c82e
+# %% ../nbs/16_training.ipynb #877ff44c
 _FREE = ("device", "mixed_precision", "checkpoint_steps", "checkpoint_minutes") # settings that a resumed run may change
 
 
@@ -67,6 +68,9 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is None and name in ("evaluate_every", "checkpoint_steps"): continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f"{name}: expected at least 1, a whole number, got {value!r}")
+        for name in ("learning_rate", "max_norm", "checkpoint_minutes", "weight_decay", "warmup"):
+            if not isinstance(getattr(self, name), (int, float)): raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int): raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
         for name in ("learning_rate", "max_norm", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if not 0 <= self.weight_decay < math.inf: raise ValueError(f"weight_decay: expected a number of 0 or more, got {self.weight_decay!r}")
@@ -181,18 +185,29 @@ def _put_moments(trainer, state):
     number = {name: i for i, name in enumerate(_optimised(trainer))}
     raw.load_state_dict({"state": {number[n]: kept for n, kept in state["state"].items()}, "param_groups": [g | {"params": [number[n] for n in g["params"]]} for g in state["param_groups"]]})
 
-# %% ../nbs/16_training.ipynb #2983e40e
+# %% ../nbs/16_training.ipynb #16f903b2
 def _data_digest(*loaders):
-    "What is read, in which order: a digest of the loaders' patients and settings."
-    digest = hashlib.sha256()
+    "What is read, and in which order: a digest of what a model sees of the loaders' patients, of their settings, of the plan of an epoch, and of one batch with all that transforms add."
+    digest, randoms = hashlib.sha256(), random_states()
     for loader in loaders:
-        settings = [len(loader.store), len(loader.store.tokens), len(loader.store.vocabulary), *(getattr(loader, name, None) for name in ("token_budget", "max_tokens", "max_patients", "shuffle", "random_end", "tile", "seed", "layout"))]
-        digest.update(json.dumps(settings).encode())
-        for numbers in (loader.rows, loader.last_visits): digest.update(np.ascontiguousarray(numbers, dtype=np.int64))
+        plain = copy.copy(loader)
+        plain.num_workers = 0  # who makes the batches does not matter
+        plan = plain.plan()
+        digest.update(json.dumps([loader.store.fingerprint(loader.rows), *(getattr(loader, name, None) for name in ("token_budget", "max_tokens", "max_patients", "shuffle", "random_end", "seed", "layout"))]).encode())
+        for planned in plan:
+            for numbers in planned: digest.update(np.ascontiguousarray(numbers, dtype=np.int64))
+        random.seed(0); np.random.seed(0); torch.manual_seed(0)  # for a transform that draws
+        digest.update(state_digest(next(iter(plain.batches(plan[:1])))).encode())
+    set_random_states(randoms)
     return digest.hexdigest()
 
 
 def _trained(module): return sorted(name for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _frozen_rows(module):
+    "Rows of tables of codes that `freeze_codes` keeps, by table."
+    return {name: kept.rows.tolist() for name, m in module.named_modules() if (kept := getattr(m, "frozen_rows", None)) is not None}
 
 
 def _check_fits(trainer, state):
@@ -207,9 +222,11 @@ def _check_fits(trainer, state):
     changed = [name for name, value in state["settings"].items() if name not in _FREE and settings.get(name) != value]
     if changed: raise ValueError(f"{where}: the run was begun with {changed[0]}={state['settings'][changed[0]]!r}, and now it is {settings.get(changed[0])!r}. {remedy}")
     if state["trained"] != _trained(module): raise ValueError(f"{where}: the run trains {len(state['trained'])} tensors, and here {len(_trained(module))} are to be trained: other parts are frozen. {remedy}")
-    if state["data"] != trainer.data_digest: raise ValueError(f"{where}: the run was begun on other patients, or with batches of another size. {remedy}")
+    rows, mine = (sum(map(len, frozen.values())) for frozen in (state["frozen_rows"], _frozen_rows(module)))
+    if state["frozen_rows"] != _frozen_rows(module): raise ValueError(f"{where}: the run keeps {rows} rows of its table of codes as they are, and here {mine} are kept{', other ones' if rows == mine else ''}. Call freeze_codes, as before the first call, or choose another folder.")
+    if state["data"] != trainer.data_digest: raise ValueError(f"{where}: the run was begun on other patients, or with other labels, masks or batches. {remedy}")
 
-# %% ../nbs/16_training.ipynb #d0939fb6
+# %% ../nbs/16_training.ipynb #40163dbe
 class _Saving:
     "What a `Trainer` writes and reads."
     def _state(self):
@@ -217,7 +234,7 @@ class _Saving:
         scaler, randoms = self.accelerator.scaler, [random_states()]
         return {"kind": "training", "class": type(self.module).__name__, "model": _weights_of(self), "optimizer": _moments_of(self), "scaler": scaler.state_dict() if scaler else None,
                 "random": gather_object(randoms) if self.accelerator.num_processes > 1 else randoms, "run": dataclasses.asdict(self.run), "best": self.best_weights,
-                "settings": dataclasses.asdict(self.settings), "data": self.data_digest, "trained": _trained(self.module)}
+                "settings": dataclasses.asdict(self.settings), "data": self.data_digest, "trained": _trained(self.module), "frozen_rows": _frozen_rows(self.module)}
 
     def save(self):
         "Write a checkpoint, and the best weights if they are new. On all processes at once; the first one writes. Raises `OSError`, with what was there before still there."
@@ -253,7 +270,7 @@ class _Saving:
         self.run, self.best_weights = RunState(**state["run"]), state["best"]
         if self.accelerator.process_index < len(state["random"]): set_random_states(state["random"][self.accelerator.process_index])
 
-# %% ../nbs/16_training.ipynb #ec942fc6
+# %% ../nbs/16_training.ipynb #3f8fa75b
 def _n_tokens(batch):
     "Real tokens of a batch; 0 for batches of another make."
     mask = next((batch[name] for name in ("attention_mask", "visit_mask") if name in batch), None)
@@ -266,15 +283,17 @@ def _listening(trainer):
     if trainer.checkpoints is None or threading.current_thread() is not threading.main_thread():
         yield
         return
+    first = None
     def note(number, frame):
-        if trainer.stop_asked: raise KeyboardInterrupt
-        trainer.stop_asked = True
+        nonlocal first
+        if first is None: first, trainer.stop_asked = time.monotonic(), True
+        elif time.monotonic() - first > 2: raise KeyboardInterrupt  # sooner it is the same one: a terminal and a launcher both pass it on
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try: yield
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_training.ipynb #be18d2b2
+# %% ../nbs/16_training.ipynb #a800d922
 class _Stepping(_Saving):
     "How a `Trainer` moves."
     def _clock(self):
@@ -312,9 +331,12 @@ class _Stepping(_Saving):
         run, chosen = self.run, self.settings
         row = {"epoch": run.epoch - (run.step == 0), "step": run.steps, "train_loss": mean_over_units(run.parts, f"epoch {run.epoch - (run.step == 0)}"),
                "validation_loss": mean_loss(self.model, self.validation, self.accelerator.device, self.accelerator), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if self.metrics: row |= {name: value.item() if hasattr(value, "item") else value for name, value in self.metrics(self.module).items()}
+        told = {name: value.item() if hasattr(value, "item") else value for name, value in ((self.metrics(self.module) if self.metrics else None) or {}).items()}
+        if taken := [name for name in told if name in row]: raise ValueError(f"metrics: '{taken[0]}' is a column of the history already. Call it something else")
+        row |= told
         self.model.train()
         if chosen.monitor not in row: raise ValueError(f"monitor: '{chosen.monitor}' is not in the history; expected one of {', '.join(row)}. Give `metrics`, such as ValidationConcordance(landmarks, horizon)")
+        if not math.isfinite(row[chosen.monitor]): raise ValueError(f"monitor: '{chosen.monitor}' is {row[chosen.monitor]} after step {run.steps}, so it cannot say which evaluation is the best. Watch validation_loss, or use more validation patients")
         value, n_tokens = row[chosen.monitor], sum_over_processes([run.tokens], self.accelerator)[0]
         self._clock()
         run.history.append(row); run.timings.append({"seconds": run.seconds, "tokens_per_second": n_tokens / run.stepping if run.stepping else 0.0})
@@ -323,7 +345,7 @@ class _Stepping(_Saving):
         self._tell()
         self._call("on_evaluation")
 
-# %% ../nbs/16_training.ipynb #aa75eb70
+# %% ../nbs/16_training.ipynb #be1caf65
 class Trainer(_Stepping):
     "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
     def __init__(self,
@@ -340,11 +362,13 @@ class Trainer(_Stepping):
         **changes, # of the settings, such as epochs=5
     ):
         if not callable(getattr(model, "loss", None)): raise TypeError(f"model: expected one with a method `loss(outputs, batch)` that gives a mean and its weight; {type(model).__name__} has none")
+        if not any(p.requires_grad for p in model.parameters()): raise ValueError(f"model: no parameter of this {type(model).__name__} is to be trained; all are frozen. Free some with requires_grad_(True), or do not train it")
         if resume and folder is None: raise ValueError("resume: needs the folder of the checkpoints")
         self.settings = dataclasses.replace(settings, **changes) if settings else TrainingSettings(**changes)
         self.module, self.train, self.validation, self.metrics, self.callbacks, self.resume, self.label, self.show_progress = model, train, validation, metrics, callbacks, resume, label, show_progress
         self.accelerator = make_accelerator(self.settings.device, self.settings.mixed_precision)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, self.settings.learning_rate, self.settings.weight_decay, self.accelerator.device.type))
+        train.set_epoch(0)
         self.checkpoints, self.data_digest = (None, None) if folder is None else (Checkpoints(folder), _data_digest(train, validation))
         self.run, self.best_weights, self.stop_asked, self._best_written, self._told, self._used = RunState(), None, False, None, "", False
 
@@ -384,6 +408,7 @@ class Trainer(_Stepping):
         self.train.set_epoch(0)
         total = self.settings.epochs * len(plan_steps(self.train.plan(), self.settings.patients_per_step))
         self.progress = Progress(total, self.label, self.show_progress and self.accelerator.is_main_process, start=min(self.run.steps, total))
+        self.train.set_epoch(max(0, self.run.epoch - (self.run.step == 0)))  # of the last step: an evaluation that is still due may see a transform that both loaders share
         self._tell()
         self._call("on_begin")
         self.model.train()
@@ -414,6 +439,7 @@ class Trainer(_Stepping):
             if not self.run.finished:
                 self.run.finished = True
                 self.save()
+            if sum_over_processes([float(self.stop_asked)], self.accelerator)[0]: raise KeyboardInterrupt("stopped when training had ended" + ("" if self.checkpoints is None else f"; the checkpoint is in {self.checkpoints.folder}"))
         _put_weights(self, self.best_weights)
         if self.settings.mixed_precision != "no": self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # answers in full precision from here on
         self.model.eval()

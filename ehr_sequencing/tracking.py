@@ -420,7 +420,7 @@ def summary_text(
     lines += [""] + [line for name, text in about.items() if text is not None for line in textwrap.wrap(str(text), 80, initial_indent=f"{name + ':':<13}", subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)]
     return "\n".join([*lines, "", f"Counts below {SMALL} are not shown. Nothing here is about a single patient."]) + "\n"
 
-# %% ../nbs/17_tracking.ipynb #96cfabf5
+# %% ../nbs/17_tracking.ipynb #218b5df2
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -429,7 +429,7 @@ def _first_process():
     return int(os.environ.get("RANK", "0")) == 0
 
 
-MAY_DIFFER = ("device", "resume", "overwrite", "out", "show_progress", "checkpoint_steps", "checkpoint_minutes", "price_per_hour", "currency", "track", "num_workers") # settings that may change when a run goes on
+MAY_DIFFER = ("device", "mixed_precision", "resume", "overwrite", "out", "show_progress", "checkpoint_steps", "checkpoint_minutes", "price_per_hour", "currency", "track", "num_workers") # settings that may change when a run goes on
 
 
 def _flat(value, name=""):

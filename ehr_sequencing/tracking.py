@@ -84,7 +84,7 @@ def hide_small(
     if isinstance(counts, list): return [hide_small(v, small) for v in counts]
     return f"<{small}" if isinstance(counts, int) and not isinstance(counts, bool) and 0 < counts < small else counts
 
-# %% ../nbs/17_tracking.ipynb #fd6ba7f7
+# %% ../nbs/17_tracking.ipynb #934337b8
 KIND, FORMAT = "ehr_sequencing run", 1
 TREE = ("checkpoints", "plots", "logs", "model", "hyperparameters.json", "metadata.json", "summary.json", "SUMMARY.txt")
 HISTORY = "logs/metrics_history.json"
@@ -118,7 +118,9 @@ def _has_something(folder):
     return any((folder/name).exists() for name in (HISTORY, "summary.json", "checkpoints/best_model.pt", "checkpoints/previous.pt"))
 
 
-def _is_free(folder): return not folder.exists() or folder.is_dir() and not any(p.is_file() or p.is_symlink() for p in folder.rglob("*"))
+def _is_free(folder):
+    "Is nothing there but empty folders, and what a run leaves that was killed before it had a name?"
+    return not folder.exists() or folder.is_dir() and not any((p.is_file() or p.is_symlink()) and not p.name.startswith(".metadata.json.") for p in folder.rglob("*"))
 
 # %% ../nbs/17_tracking.ipynb #8fc2c3c1
 def _aside(folder): return folder.with_name(f".{folder.name}.replaced")
@@ -374,7 +376,7 @@ def describe_code(
     commit = f"commit {git['commit'][:12]}{' with changes that are not committed' if git['dirty'] else ''}" if git["commit"] else "commit not known"
     return ", ".join([f"ehr_sequencing {versions['ehr_sequencing']}", commit, *(f"{n} {versions[n]}" for n in ("python", "torch", "accelerate") if versions.get(n))])
 
-# %% ../nbs/17_tracking.ipynb #ee2e7dcb
+# %% ../nbs/17_tracking.ipynb #a6225cee
 def readable_time(
     seconds: float, # how long
 ) -> str:
@@ -391,7 +393,8 @@ def _metric_lines(metrics):
     "A line for each metric, in columns."
     width = max(map(len, metrics), default=0)
     interval = lambda m: "" if None in (m["low"], m["high"]) else f"   ({m.get('level', 0.95):.0%} interval {_number(m['low'])} to {_number(m['high'])})"
-    return [f"  {name:<{width}}  {_number(m['value'])}{interval(m)}" for name, m in metrics.items()]
+    horizon = lambda m: f"   within {m['horizon_days']:g} days" if isinstance(m.get("horizon_days"), (int, float)) else ""
+    return [f"  {name:<{width}}  {_number(m['value'])}{interval(m)}{horizon(m)}" for name, m in metrics.items()]
 
 
 def _where_it_stopped(s):
@@ -410,13 +413,14 @@ def summary_text(
     m, cost, hardware = s["model"], s["cost"], s["hardware"]
     about = {"data": "; ".join(counts) or "no counts were given", "task": data.get("task"), "fingerprint": data.get("fingerprint"), "model": m["class"] and m["class"] + (f", {m['parameters']:,} parameters, {m['trainable_parameters']:,} of them trained" if m["parameters"] is not None else ""),
              "training": _where_it_stopped(s), "time": f"{readable_time(s['seconds'])} in {s['sessions']} session{'s' * (s['sessions'] != 1)}" + (f", {s['killed_sessions']} of them killed and counted up to the last evaluation" if s["killed_sessions"] else ""), "cost": cost and f"{'about ' + format(cost['amount'], '.2f') if cost['amount'] >= 0.01 else 'less than 0.01'} {cost['currency']}, at {cost['price_per_hour']:g} an hour",
+             "speed": s["tokens_per_second"] and f"{s['tokens_per_second']:,.0f} tokens a second",
              "hardware": hardware, "code": s["code"], "seed": s["seed"], "started": s["started"]}
     lines = [f"{s['name']}: {s['state']}", "=" * min(80, len(s["name"]) + 2 + len(s["state"])), "", *(_metric_lines(s["metrics"]) or ["  no result was given"])]
     if s["undefined"]: lines += [f"  undefined, and null in summary.json: {', '.join(s['undefined'])}"]
     lines += [""] + [line for name, text in about.items() if text is not None for line in textwrap.wrap(str(text), 80, initial_indent=f"{name + ':':<13}", subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)]
     return "\n".join([*lines, "", f"Counts below {SMALL} are not shown. Nothing here is about a single patient."]) + "\n"
 
-# %% ../nbs/17_tracking.ipynb #c9822a0e
+# %% ../nbs/17_tracking.ipynb #218b5df2
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -425,7 +429,7 @@ def _first_process():
     return int(os.environ.get("RANK", "0")) == 0
 
 
-MAY_DIFFER = ("device", "resume", "overwrite", "out", "show_progress", "checkpoint_steps", "checkpoint_minutes", "price_per_hour", "currency", "track", "num_workers") # settings that may change when a run goes on
+MAY_DIFFER = ("device", "mixed_precision", "resume", "overwrite", "out", "show_progress", "checkpoint_steps", "checkpoint_minutes", "price_per_hour", "currency", "track", "num_workers") # settings that may change when a run goes on
 
 
 def _flat(value, name=""):
@@ -442,7 +446,8 @@ def _differences(first, second):
 
 def _check_same(folder, hyperparameters, data):
     "Raise `ValueError`, by name, unless the run in a folder has these settings and these data."
-    changed = _differences(_read_json(folder/"hyperparameters.json"), hyperparameters)
+    settings = folder/"hyperparameters.json"
+    changed = _differences(_read_json(settings, object), hyperparameters) if settings.exists() else []  # killed before they were written
     changed += [f"data.{k}" for k in _differences(_read_json(folder/"metadata.json").get("data", {}), data)]
     if changed: raise ValueError(f"resume: the run in {folder} was started with other {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}. Give the same settings and data, or choose another folder with --out.")
 
@@ -640,7 +645,7 @@ class _Callback(RunLog):
         self.history, self.timings, self.monitor, self.best = list(run.history), list(run.timings), chosen.monitor, run.best["row"] if run.best else None
         self._why = trainer.stopped
 
-# %% ../nbs/17_tracking.ipynb #ff056770
+# %% ../nbs/17_tracking.ipynb #6a8f6b90
 def _place(row, index):
     "Which row, in words."
     parts = {"epoch": lambda e: f"epoch {e + 1:g}", "step": lambda n: f"step {n:,}"}
@@ -668,9 +673,9 @@ class RunEnd(_Callback):
         cost = None if self.price_per_hour is None else {"amount": estimate_cost(seconds, self.price_per_hour), "currency": self.currency, "price_per_hour": self.price_per_hour}
         stopped = {**{k: history[-1].get(k) for k in ("epoch", "step")}, "where": _place(history[-1], n - 1), "why": self._why or "the last row that was logged"} if history else None
         kept = None if best is None else {"row": best, "where": _place(history[best], best), "monitor": self.monitor, "value": history[best].get(self.monitor)}
-        killed = sum(s["how"] == "killed" for s in about["sessions"])
+        killed, speeds = sum(s["how"] == "killed" for s in about["sessions"]), [t["tokens_per_second"] for t in self.timings if t.get("tokens_per_second")]
         return {"kind": KIND, "format": FORMAT, "name": self.name, "state": "finished", "metrics": metrics, "undefined": [name for name, m in metrics.items() if m["value"] is None] + _gaps(self.history),
-                "data": about["data"], "model": _describe_model(model), "stopped": stopped, "best": kept, "evaluations": n, "seconds": seconds, "sessions": len(about["sessions"]), "killed_sessions": killed, "cost": cost,
+                "data": about["data"], "model": _describe_model(model), "stopped": stopped, "best": kept, "evaluations": n, "seconds": seconds, "sessions": len(about["sessions"]), "killed_sessions": killed, "cost": cost, "tokens_per_second": float(np.median(speeds)) if speeds else None,
                 "hardware": describe_hardware(about["provenance"]["hardware"]), "code": describe_code(about["provenance"]), "seed": about["seed"], "started": about["sessions"][0]["started"], "facts": facts}
 
     def finish(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #d2a20b2b
+# %% ../nbs/02c_prepare.ipynb #60e7dea2
 import contextlib
 import dataclasses
 import json
@@ -19,14 +19,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.ipc
 
-try: import fcntl
-except ImportError: fcntl = None  # Windows has no such lock
-
 from . import __version__
 from .databases import is_url
 from .events import SPLITS, set_aside_impossible, sort_events
 from .files import scan_file
-from .jobs import move_into_place, whole_file, workers
+from .jobs import move_into_place, only_one, whole_file, workers
 from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, meds_subjects, meds_zoned, open_events
 from .sequences import SCHEMA_VERSION, SequenceStore, StoreArrays, draw_splits, known_splits, load_sequences, open_table, take_rows, tokenize_records, write_sequences, write_store
 from .vocabulary import Records, Vocabulary, add_counts, count_tokens, count_values, fit_value_edges, index_records, is_excluded, make_vocabulary, roll_up_code
@@ -216,7 +213,7 @@ def _ordered_blocks(files, block_rows=16384):
         pieces = [take_rows(tables[k], row[block][by_file][owner[block][by_file] == k]) for k in np.unique(owner[block])]
         yield take_rows(pa.concat_tables(pieces).combine_chunks(), np.argsort(by_file, kind="stable"))
 
-# %% ../nbs/02c_prepare.ipynb #e6ccabc6
+# %% ../nbs/02c_prepare.ipynb #593c30f7
 _FILES = {"sequences.arrow", "vocabulary.json", "meta.json"}  # what a store consists of
 
 
@@ -230,23 +227,12 @@ def _check_place(config, store, work):
     for place in (store, work):
         if place == source or place in source.parents or (source in place.parents and source.is_dir()): raise ValueError(f"{place}: the store and its source lie one in the other. Choose a folder outside the source.")
 
-
-@contextlib.contextmanager
-def _only_one(work):
-    "The folder of work to ourselves. Raises `BlockingIOError` if another process is at it; the system frees the lock of a process that dies."
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work/"lock", "w") as handle:
-        try:
-            if fcntl is not None: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise BlockingIOError(f"{work}: another process is preparing this store. Wait for it, or choose another folder.") from None
-        yield
-
-# %% ../nbs/02c_prepare.ipynb #9c96021e
+# %% ../nbs/02c_prepare.ipynb #8f77bad9
 def _begin(config, work):
     "Make the folder of work ready, empty or as an earlier call with the same settings left it; the source. Raises `ValueError`, and the readers' errors."
     source = open_events(config.source, config.format, config.schema, config.columns)
     plan = config.settings() | {"stamp": _stamp(config.source), "version": f"{__version__}, {SCHEMA_VERSION}"}
-    left = {p.name for p in work.iterdir()} - {"lock"}
+    left = {p.name for p in work.iterdir()}
     try: begun = json.loads((work/"plan.json").read_text(encoding="utf-8")) if left else None
     except (OSError, ValueError): begun = {}
     if left and (not isinstance(begun, dict) or (begun and "stamp" not in begun) or not begun and "plan.json" not in left):
@@ -264,10 +250,10 @@ def _begin(config, work):
 
 
 def _clear(work):
-    "Empty the folder of work, but for its lock."
+    "Empty the folder of work."
     for entry in work.iterdir():
         if entry.is_dir(): shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != "lock": entry.unlink(missing_ok=True)
+        else: entry.unlink(missing_ok=True)
 
 
 def _stamp(source):
@@ -342,7 +328,7 @@ def _fill_store(config, source, work, say):
     (work/"store").mkdir()
     write_store(work/"store", _ordered_blocks([work/"rows"/f"{j['name']}.arrow" for j in jobs]), vocabulary, meta)
 
-# %% ../nbs/02c_prepare.ipynb #e1050227
+# %% ../nbs/02c_prepare.ipynb #f4164289
 def prepare_store(
     config: PrepareConfig, # what to read and how
     say=print, # called with each line of the account
@@ -354,7 +340,8 @@ def prepare_store(
     store = Path(config.store)
     work = store.with_name(store.name + ".partial")
     _check_place(config, store, work)
-    with _only_one(work):
+    work.mkdir(parents=True, exist_ok=True)
+    with only_one(work, "is preparing this store", wait=0):
         try:
             source = _begin(config, work)
             try: _fill_store(config, source, work, say)
@@ -364,5 +351,5 @@ def prepare_store(
             move_into_place(work/"store", store)
             shutil.rmtree(work, ignore_errors=True)
         finally:
-            if work.exists() and {p.name for p in work.iterdir()} == {"lock"}: shutil.rmtree(work)
+            if work.exists() and not any(work.iterdir()): work.rmdir()
     return load_sequences(store)

@@ -9,7 +9,8 @@ __all__ = ['SMALL', 'KIND', 'FORMAT', 'TREE', 'HISTORY', 'HIGHER', 'LOWER', 'MAY
            'plain_metric', 'describe_hardware', 'describe_code', 'readable_time', 'summary_text', 'RunFolder', 'RunLog',
            'describe_training', 'RunEnd', 'ExperimentTracker', 'Run', 'load_run']
 
-# %% ../nbs/17_tracking.ipynb #ccad4c7c
+# %% ../nbs/17_tracking.ipynb #a846559c
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,7 +36,7 @@ from torch import nn
 from .behrt import count_parameters
 from .calibration import group_table, plot_calibration
 from .censoring import check_survival
-from .jobs import whole_file
+from .jobs import only_one, whole_file
 from .metrics import COLORS, STYLES, risk_groups, survival_curves
 from .provenance import collect_provenance
 
@@ -499,7 +500,7 @@ class _Elsewhere:
         self._each(lambda t: t.finish())
         _hide_host(self.folder)
 
-# %% ../nbs/17_tracking.ipynb #fd4e9988
+# %% ../nbs/17_tracking.ipynb #776ed973
 @functools.cache
 def _surroundings():
     "Versions, code and machine: they take a second to find out and stay what they are while a process runs."
@@ -511,7 +512,7 @@ class RunFolder:
     def __init__(self, folder, name, overwrite, resume):
         self.folder, self.overwrite, self.resume = Path(folder).resolve(), overwrite, resume
         self.name, self.how, self.writes = name or self.folder.name, None, _first_process()
-        self.history, self.timings, self.best, self.metadata, self.hyperparameters = [], [], None, {}, {}
+        self.history, self.timings, self.best, self.metadata, self.hyperparameters, self._locks = [], [], None, {}, {}, contextlib.ExitStack()
 
     @property
     def checkpoints(self) -> Path: # for the Trainer
@@ -519,17 +520,23 @@ class RunFolder:
         return self.folder/"checkpoints"
 
     def _claim(self, hyperparameters, data):
-        "Make the folder ours; returns how. Raises as `claim_folder`, and `ValueError` where a run of other settings or data should go on."
-        how = claim_folder(self.folder, self.resume, self.overwrite)
-        if how == "resume":
-            try: _check_same(self.folder, hyperparameters, data)
-            except ValueError:
-                if not self.overwrite: raise
-                how = claim_folder(self.folder, False, True)
-        try:
-            if how == "overwrite": self.folder.rename(_aside(self.folder))
-            for part in ("checkpoints", "plots", "logs"): (self.folder/part).mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise type(error)(error.errno, f"out: cannot write to {self.folder} ({error.strerror}). Choose another folder with --out.") from None
+        "Make the folder ours, and keep other processes out of it until the run ends; returns how. Raises as `claim_folder`, `BlockingIOError`, and `ValueError` where a run of other settings or data should go on."
+        with contextlib.ExitStack() as locks:
+            def lock(): locks.enter_context(only_one(self.folder, "is writing a run there"))
+            there = self.folder.is_dir()
+            if there: lock()
+            how = claim_folder(self.folder, self.resume, self.overwrite)
+            if how == "resume":
+                try: _check_same(self.folder, hyperparameters, data)
+                except ValueError:
+                    if not self.overwrite: raise
+                    how = claim_folder(self.folder, False, True)
+            try:
+                if how == "overwrite": self.folder.rename(_aside(self.folder))
+                for part in ("checkpoints", "plots", "logs"): (self.folder/part).mkdir(parents=True, exist_ok=True)
+            except OSError as error: raise type(error)(error.errno, f"out: cannot write to {self.folder} ({error.strerror}). Choose another folder with --out.") from None
+            if not there or how == "overwrite": lock()  # the folder is another one
+            self._locks = locks.pop_all()
         return how
 
     def _open_session(self, how, seed, data):
@@ -645,7 +652,7 @@ class _Callback(RunLog):
         self.history, self.timings, self.monitor, self.best = list(run.history), list(run.timings), chosen.monitor, run.best["row"] if run.best else None
         self._why = trainer.stopped
 
-# %% ../nbs/17_tracking.ipynb #6a8f6b90
+# %% ../nbs/17_tracking.ipynb #f5a8738e
 def _place(row, index):
     "Which row, in words."
     parts = {"epoch": lambda e: f"epoch {e + 1:g}", "step": lambda n: f"step {n:,}"}
@@ -706,6 +713,7 @@ class RunEnd(_Callback):
         if session["ended"] is None: session |= {"seconds": self._here(), "ended": _now(), "how": how}
         self.metadata |= {"state": state, "seconds": self.seconds, **more}
         _write_json(self.folder/"metadata.json", self.metadata)
+        self._locks.close()
         if self._elsewhere: self._elsewhere.close()
 
 # %% ../nbs/17_tracking.ipynb #506e3791

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingSettings', 'ValidationConcordance', 'parameter_table', 'RunState', 'Trainer', 'plot_losses']
 
-# %% ../nbs/16_training.ipynb #afd8154c
+# %% ../nbs/16_training.ipynb #74381160
 import contextlib
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from .batches import BatchLoader
 from .checkpoints import Checkpoints, random_states, set_random_states, state_digest, write_state
-from .jobs import Progress
+from .jobs import Progress, only_one
 from .landmarks import Landmarks
 from .lora import list_adapters
 from .metrics import COLORS, concordance_index
@@ -345,7 +345,7 @@ class _Stepping(_Saving):
         self._tell()
         self._call("on_evaluation")
 
-# %% ../nbs/16_training.ipynb #be1caf65
+# %% ../nbs/16_training.ipynb #054c39e3
 class Trainer(_Stepping):
     "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
     def __init__(self,
@@ -396,6 +396,12 @@ class Trainer(_Stepping):
         numbers = {"validation": row["validation_loss"], **{k: v for k, v in row.items() if k not in ("epoch", "step", "train_loss", "validation_loss", "learning_rate")}}
         self._told = "".join(f", {name} {value:.4f}" for name, value in numbers.items() if isinstance(value, (int, float)) and not isinstance(value, bool)) + (f", {rate:,.0f} tokens/s" if rate else "")
 
+    def _alone(self):
+        "The folder of checkpoints to these processes alone."
+        if self.checkpoints is None or not self.accelerator.is_main_process: return contextlib.nullcontext()
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        return only_one(self.checkpoints.folder, "is training there")
+
     def _begin(self):
         "Seed, resume, and say hello."
         if self._used: raise ValueError("fit: this Trainer has already been used; make a new one to train further")
@@ -424,11 +430,8 @@ class Trainer(_Stepping):
         if self.run.due(self.settings): self._evaluate()
         if late or (self.settings.checkpoint_steps and self.run.steps - self._saved_steps >= self.settings.checkpoint_steps): self.save()
 
-    def fit(self) -> list: # `history`
-        """Train until the epochs are over or what is watched stops improving; restore the best weights. Once for each `Trainer`.
-
-        Raises `FileExistsError` for a folder with another run, `ValueError` for a checkpoint that does not fit, a loss or gradient that is not finite and whatever the model's `loss` raises, `MemoryError`, `OSError` where nothing can be written, and `KeyboardInterrupt` after a signal."""
-        self._begin()
+    def _all_steps(self):
+        "All steps that are left."
         with _listening(self), contextlib.closing(self.progress):
             self._settle()
             while not self.run.over(self.settings):
@@ -440,6 +443,14 @@ class Trainer(_Stepping):
                 self.run.finished = True
                 self.save()
             if sum_over_processes([float(self.stop_asked)], self.accelerator)[0]: raise KeyboardInterrupt("stopped when training had ended" + ("" if self.checkpoints is None else f"; the checkpoint is in {self.checkpoints.folder}"))
+
+    def fit(self) -> list: # `history`
+        """Train until the epochs are over or what is watched stops improving; restore the best weights. Once for each `Trainer`.
+
+        Raises `FileExistsError` for a folder with another run, `ValueError` for a checkpoint that does not fit, a loss or gradient that is not finite and whatever the model's `loss` raises, `MemoryError`, `OSError` where nothing can be written, and `KeyboardInterrupt` after a signal."""
+        with self._alone():
+            self._begin()
+            self._all_steps()
         _put_weights(self, self.best_weights)
         if self.settings.mixed_precision != "no": self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # answers in full precision from here on
         self.model.eval()

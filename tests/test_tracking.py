@@ -1,4 +1,5 @@
 "Folders of runs: whole at every instant, of one run, readable, and about no single patient; runs compared only where they can be."
+import functools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from ehr_sequencing import tracking
 from ehr_sequencing.events import EventTable
 from ehr_sequencing.horizons import labelled_batches
+from ehr_sequencing.jobs import only_one
 from ehr_sequencing.landmarks import draw_landmarks
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.outcomes import Outcome, label_visits
@@ -482,3 +484,22 @@ def test_a_table_from_folders(tmp_path):
         assert "Not finished" in bench.to_markdown() and bench.table()["cost"].notna().sum() == 1
     (tmp_path / "three" / "logs" / "metrics_history.json").write_text("{")
     with pytest.raises(ValueError, match="metrics_history.json: is damaged"): BenchmarkTracker(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks of folders there")
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path, how, monkeypatch):
+    first = ExperimentTracker(tmp_path / "run")
+    first.start({"a": 1}, {"fingerprint": "x"})
+    first.log({"epoch": 0, "step": 1, "validation_loss": 1.0})
+    first._locks.close()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    code = f"import fcntl, os, time; fcntl.flock(os.open({str(tmp_path / 'run')!r}, os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    monkeypatch.setattr("ehr_sequencing.tracking.only_one", functools.partial(only_one, wait=0.1))
+    with pytest.raises(BlockingIOError, match="another process is writing a run there"): ExperimentTracker(tmp_path / "run", **{how: True}).start({"a": 1}, {"fingerprint": "x"})
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    holder.kill()
+    holder.wait()
+    assert ExperimentTracker(tmp_path / "run", **{how: True}).start({"a": 1}, {"fingerprint": "x"}) == how

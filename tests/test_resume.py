@@ -73,7 +73,7 @@ def interrupted(data, kind, folder, at=1, **options):
 
 # processes
 
-@pytest.mark.parametrize("kind, options", [("lora", {"monitor": "c_index", "gradient_accumulation_steps": 2, "evaluate_every": 5}), ("both", {}), ("contrastive", {"loader": {"num_workers": 1}})])
+@pytest.mark.parametrize("kind, options", [("lora", {"monitor": "c_index", "gradient_accumulation_steps": 2, "evaluate_every": 5, "train_rows": 40}), ("both", {}), ("contrastive", {"loader": {"num_workers": 1}})])
 def test_killed_and_resumed(data, folder, kind, options):
     "SIGKILL at any instant, in the first process before it has saved perhaps; the undisturbed run is this process."
     plain = make_trainer(data, kind, folder/f"plain-{kind}", **options)

@@ -148,7 +148,7 @@ class RunState:
         waited = len(self.history) - 1 - self.best["row"] if self.best else 0
         return waited >= settings.patience or (self.epoch >= settings.epochs and not self.due(settings))
 
-# %% ../nbs/16_training.ipynb #ac730593
+# %% ../nbs/16_training.ipynb #3e424d04
 def _sharded(accelerator): return accelerator.distributed_type == DistributedType.FSDP
 
 
@@ -174,7 +174,7 @@ def _moments_of(trainer):
 
 def _put_weights(trainer, weights):
     "Fill the model."
-    if _sharded(trainer.accelerator): set_model_state_dict(trainer.model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    if _sharded(trainer.accelerator): set_model_state_dict(trainer.model, dict(weights), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     else: trainer.module.load_state_dict(weights)
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from ehr_sequencing import checkpoints
+from ehr_sequencing.batches import BatchLoader
 from ehr_sequencing.behrt import BEHRTConfig
 from ehr_sequencing.checkpoints import read_state, state_digest
 from ehr_sequencing.horizons import labelled_batches
@@ -46,19 +49,30 @@ def make_trainer(data, kind, folder=None, loader=None, model=None, metrics=None,
     split = split if train_rows is None else split | {"train": split["train"][:train_rows]}
     common, training = {"token_budget": 1024, "max_tokens": 48} | (loader or {}), {"max_patients": 8, "shuffle": True}
     torch.manual_seed(5)
-    if kind in SURVIVAL:
+    if kind == "heads":
+        built = TwoHeads()
+        loaders = [BatchLoader(store, split[part], **common | (training if part == "train" else {})) for part in ("train", "validation")]
+    elif kind in SURVIVAL:
         config = BEHRTConfig(len(store.vocabulary), 16, 32, 1, 2, **model or {})
         built = BEHRTForSurvival(config, labels.horizons, **SURVIVAL[kind])
         loaders = [labelled_batches(store, labels, split[part], **common | (training if part == "train" else {})) for part in ("train", "validation")]
         if changes.get("monitor") == "c_index": metrics = ValidationConcordance(spaced_landmarks(labels, store, split["validation"]), 1825, max_tokens=48, token_budget=2048)
     else:
         config = BEHRTConfig(len(store.vocabulary), 16, 32, 1, 2, attention="visit_causal" if kind in ("both", "next_visit") else "bidirectional", **model or {})
+        kind, masking = ("mlm", 0.003) if kind == "rare" else (kind, 0.15)  # rare: most batches have nothing masked
         built = pretraining_model(store, split["train"], config, kind)
-        loaders = [pretraining_loader(store, split[part], config, kind, mask_seed=i, **common | (training | {"random_end": True} if part == "train" else {})) for i, part in enumerate(("train", "validation"))]
+        loaders = [pretraining_loader(store, split[part], config, kind, masking, i, **common | (training | {"random_end": True} if part == "train" else {})) for i, part in enumerate(("train", "validation"))]
     return Trainer(built, *loaders, metrics=metrics, callbacks=callbacks, folder=folder, **{"epochs": 3, "patients_per_step": 16, "device": "cpu", "show_progress": False, "checkpoint_steps": 2} | changes)
 
 
 KINDS = (*OBJECTIVES, *SURVIVAL)
+
+
+class TwoHeads(nn.Module):
+    "One of two heads for each batch, by its first patient: the other one has no gradient in it, and where a batch comes last it may be on one process only."
+    def __init__(self): super().__init__(); self.even, self.odd = nn.Linear(2, 1), nn.Linear(2, 1)
+    def forward(self, batch): return (self.even if batch["rows"][0] % 2 else self.odd)(batch["time_features"].sum(1))[:, 0]
+    def loss(self, outputs, batch): return (outputs - batch["visit_ages"].float().mean(1) / 50).square().mean(), len(outputs)
 
 
 def environment():
@@ -94,9 +108,28 @@ def same(first, second):
     return {part: state_digest(first[part]) == state_digest(second[part]) for part in PARTS} | {"run": state_digest(runs[0]) == state_digest(runs[1])}
 
 
+def many(data, out, runs):
+    "Several runs one after the other, all processes together; each process notes which patients it saw in the first epoch, and how many files it wrote."
+    seen, rank, wrote, write = {}, os.environ["RANK"], [], checkpoints._written
+    def counted(path, state): wrote.append(str(path)); return write(path, state)
+    checkpoints._written = counted
+    for name, kind, changes in runs:
+        trainer, seen[name] = make_trainer(data, kind, out/name, **changes), []
+        step = trainer._step
+        def noted(group, spare, patients):
+            if trainer.run.epoch == 0: seen[name].extend(row for batch in group[:len(group) - spare] for row in batch["rows"].tolist())
+            step(group, spare, patients)
+        trainer._step = noted
+        trainer.fit()
+    for what, told in (("seen", seen), ("wrote", len(wrote))): (out/f"{what}.{rank}.json").write_text(json.dumps(told))
+
+
 def main(folder, out, kind, changes="{}"):
     torch.set_num_threads(1)
-    make_trainer(pickle.loads((Path(folder)/"data.pickle").read_bytes()), kind, out, **{"resume": True} | json.loads(changes)).fit()
+    with open(f"{out}.pids", "a") as pids: print(os.getpid(), file=pids)
+    data, changes = pickle.loads((Path(folder)/"data.pickle").read_bytes()), json.loads(changes)
+    if kind == "many": many(data, Path(out), **changes)
+    else: make_trainer(data, kind, out, **{"resume": True} | changes).fit()
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

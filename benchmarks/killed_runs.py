@@ -165,10 +165,10 @@ def main(
         print(f"{setting}: {n} kills in {said['runs']} runs of {said['steps']} steps; identical: {'yes' if said['same'] else 'no'}", flush=True)
         told = ", ".join(f"{count} in {PHASES[where]}" if where != AFTER else f"{count} {PHASES[where]}" for where, count in sorted(said["kills"].items()))
         print(f"  {told}; left behind: {dict(said['left'])}", flush=True)
-        parts += [f"## {setting.capitalize()}", f"{about}. {said['steps']} steps and {said['evaluations']} evaluations in {said['life']:.1f} s undisturbed; {n} kills fell in {said['runs']} runs.",
+        parts += [f"## {setting.capitalize()}", f"{about[0].upper()}{about[1:]}. {said['steps']} steps and {said['evaluations']} evaluations in {said['life']:.1f} s undisturbed; {n} kills fell in {said['runs']} run{'s' * (said['runs'] != 1)}.",
                   "| where the kill fell | kills |\n|---|---|\n" + "\n".join(f"| {name} | {said['kills'][i]} |" for i, name in enumerate(PHASES)),
                   "| found afterwards | kills |\n|---|---|\n" + "\n".join(f"| {name} | {count} |" for name, count in sorted(said["left"].items())) if said["left"] else "Nothing half-written was found.",
-                  "| compared to the last bit | identical runs |\n|---|---|\n" + "\n".join(f"| {name} | {said['identical'][name]} of {said['runs']} |" for name in said["parts"]),
+                  "| compared to the last bit | identical runs |\n|---|---|\n" + "\n".join(f"| {name} | {int(said['identical'][name])} of {said['runs']} |" for name in said["parts"]),
                   f"**Identical: {'yes' if said['same'] else 'no'}.**"]
     shutil.rmtree(scratch, ignore_errors=True)
     parts.append(f"All of it took {(time.perf_counter() - began) / 60:.1f} minutes.")

@@ -18,7 +18,7 @@ from .batches import BatchLoader
 from .metrics import COLORS
 from .steps import make_accelerator, make_optimizer, n_patients, plan_steps, train_step
 
-# %% ../nbs/16aa_learning_rate.ipynb #dbfb68eb
+# %% ../nbs/16aa_learning_rate.ipynb #6747e83b
 def smooth(
     values, # (n,) losses in the order of steps
     beta: float = 0.9, # weight of what came before, in [0, 1)
@@ -64,7 +64,7 @@ def learning_rate_test(
             break
         rows.append((float(rate), loss))
         smoothed = smooth([loss for _, loss in rows])
-        if smoothed[-1] > smoothed.min() + max(smoothed[0] - smoothed.min(), 0.05 * abs(smoothed[0])): break
+        if len(rows) >= 10 and smoothed[-1] > smoothed.min() + max(smoothed[0] - smoothed.min(), 0.05 * abs(smoothed[0])): break
     frame = pd.DataFrame(rows, columns=["learning_rate", "loss"])
     return frame.assign(smoothed=smooth(frame["loss"]))
 

@@ -185,7 +185,7 @@ def _put_moments(trainer, state):
     number = {name: i for i, name in enumerate(_optimised(trainer))}
     raw.load_state_dict({"state": {number[n]: kept for n, kept in state["state"].items()}, "param_groups": [g | {"params": [number[n] for n in g["params"]]} for g in state["param_groups"]]})
 
-# %% ../nbs/16_training.ipynb #16f903b2
+# %% ../nbs/16_training.ipynb #7eb35794
 def _data_digest(*loaders):
     "What is read, and in which order: a digest of what a model sees of the loaders' patients, of their settings, of the plan of an epoch, and of one batch with all that transforms add."
     digest, randoms = hashlib.sha256(), random_states()
@@ -220,7 +220,8 @@ def _check_fits(trainer, state):
     if other and not _sharded(trainer.accelerator): raise ValueError(f"{where}: the checkpoint is of another architecture: '{other[0]}' has shape {theirs.get(other[0])} there and {mine.get(other[0])} in this model. {remedy}")
     settings = json.loads(json.dumps(dataclasses.asdict(trainer.settings)))
     changed = [name for name, value in state["settings"].items() if name not in _FREE and settings.get(name) != value]
-    if changed: raise ValueError(f"{where}: the run was begun with {changed[0]}={state['settings'][changed[0]]!r}, and now it is {settings.get(changed[0])!r}. {remedy}")
+    longer = " A run cannot be made longer: its learning rate depends on its length. Begin another one with its best weights." if changed == ["epochs"] else ""
+    if changed: raise ValueError(f"{where}: the run was begun with {changed[0]}={state['settings'][changed[0]]!r}, and now it is {settings.get(changed[0])!r}. {remedy}{longer}")
     if state["trained"] != _trained(module): raise ValueError(f"{where}: the run trains {len(state['trained'])} tensors, and here {len(_trained(module))} are to be trained: other parts are frozen. {remedy}")
     rows, mine = (sum(map(len, frozen.values())) for frozen in (state["frozen_rows"], _frozen_rows(module)))
     if state["frozen_rows"] != _frozen_rows(module): raise ValueError(f"{where}: the run keeps {rows} rows of its table of codes as they are, and here {mine} are kept{', other ones' if rows == mine else ''}. Call freeze_codes, as before the first call, or choose another folder.")
@@ -345,7 +346,7 @@ class _Stepping(_Saving):
         self._tell()
         self._call("on_evaluation")
 
-# %% ../nbs/16_training.ipynb #054c39e3
+# %% ../nbs/16_training.ipynb #9a822a97
 class Trainer(_Stepping):
     "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
     def __init__(self,
@@ -399,6 +400,7 @@ class Trainer(_Stepping):
     def _alone(self):
         "The folder of checkpoints to these processes alone."
         if self.checkpoints is None or not self.accelerator.is_main_process: return contextlib.nullcontext()
+        if self.checkpoints.folder.is_file(): raise FileExistsError(f"{self.checkpoints.folder}: is a file; expected a folder for checkpoints. Choose another one.")
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         return only_one(self.checkpoints.folder, "is training there")
 

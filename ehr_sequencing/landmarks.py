@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Landmarks', 'check_vocabulary', 'at_each_visit', 'draw_landmarks', 'spaced_landmarks', 'at_visit', 'at_date',
-           'at_age', 'at_elapsed', 'at_random_day', 'at_moments', 'choose_landmarks', 'last_values']
+           'at_age', 'at_elapsed', 'at_random_day', 'at_moments', 'choose_landmarks', 'unlabelled_landmarks',
+           'unlabelled_moments', 'last_values']
 
 # %% ../nbs/04b_landmarks.ipynb #6f7857d5
 import math
@@ -20,14 +21,14 @@ from .outcomes import VisitLabels, as_day, day_numbers, flow_frame
 from .sequences import SequenceStore, row_numbers
 from .synthetic import check_ids
 
-# %% ../nbs/04b_landmarks.ipynb #6e79cf49
+# %% ../nbs/04b_landmarks.ipynb #4d246775
 @dataclass
 class Landmarks:
     "Moments of prediction with what came after. The history of each is visits 0 to `visits` of its row."
     store: SequenceStore = field(repr=False) # of the patients; what is asked is answered from their histories
     rows: np.ndarray # (n,) rows of the store
     visits: np.ndarray # (n,) index of the last visit known by then, within its patient's history
-    durations: np.ndarray # (n,) days from the moment to the end of the time at risk, at most the last horizon
+    durations: np.ndarray # (n,) days from the moment to the end of the time at risk, at most the last horizon; NaN where it is not known
     events: np.ndarray # (n,) bool: the duration ends with the event
     event_types: np.ndarray | None = None # (n,) int64: 0 censored, 1 event, 2 competing event; the events if None
     elapsed: np.ndarray | None = None # (n,) int64 days from the day on which the visit is known to the moment; 0 if None
@@ -137,7 +138,7 @@ def spaced_landmarks(
     steps = [("visits at risk", len(every), "total"), ("too soon after the last visit, left out by chance", (~kept).sum(), "excluded"), ("landmarks", len(chosen), "total")]
     return replace(chosen, flow=flow_frame(steps, "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #fd7e9e10
+# %% ../nbs/04b_landmarks.ipynb #6bfb01be
 _DAY = np.timedelta64(1, "D")
 
 
@@ -156,25 +157,36 @@ def _last_known(store, rows, days):
     return np.searchsorted(known, day_numbers(rows, days), side="right") - 1 - store.first_visit[rows]
 
 
-def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
-    "Landmarks of rows at days, of which those up to `over` are wholly known; NaT where there is no moment."
-    ends, n = labels.ends, len(rows) + unknown
+def _sieve(checks, unknown=0):
+    "Which moments are left after all reasons, (name, (n,) bool) each, to leave one out; and the flow table. Raises `ValueError` if none is."
+    kept, n = np.ones(len(checks[0][1]), dtype=bool), len(checks[0][1]) + unknown
     if not n: raise ValueError("rows: nobody is asked about; give at least one patient")
-    there = ~np.isnat(days)
-    safe, over = np.where(there, days, np.datetime64(0, "D")), np.where(there, over, np.datetime64(0, "D"))
-    visits = _last_known(store, rows, over)
-    end_days, types, washed = ends.after(rows, safe)
-    durations = (end_days - safe) / _DAY
-    checks = [(no_moment, ~there), ("no visit over by then", visits < 0), ("event on or before that day", (durations <= 0) & (types == 1)),
-              ("competing event on or before that day", (durations <= 0) & (types == 2)), ("no follow-up after that day", (durations <= 0) | ~(ends.observation_ends[rows] > safe)), ("washout not over", ~washed)]
-    kept, steps = np.ones(len(rows), dtype=bool), [("moments asked about", n, "total")] + ([("patient not in the store", unknown, "excluded")] if unknown else [])
+    steps = [("moments asked about", n, "total")] + ([("patient not in the store", unknown, "excluded")] if unknown else [])
     for reason, applies in checks:
         if (kept & applies).any(): steps.append((reason, (kept & applies).sum(), "excluded"))
         kept &= ~applies
     if not kept.any(): raise ValueError(f"no landmark is left: of {n:,} moments asked about, " + ", ".join(f"{k:,}: {reason}" for reason, k, kind in steps if kind == "excluded") + ". Ask at other moments.")
+    return kept, flow_frame([*steps, ("landmarks", kept.sum(), "total")], "moments")
+
+
+def _rows_of(store, subject_ids):
+    "The row of each patient, and whether there is one."
+    order = np.argsort(store.subject_ids, kind="stable")
+    place = order[np.clip(np.searchsorted(store.subject_ids, subject_ids, sorter=order), 0, len(store) - 1)]
+    return place, store.subject_ids[place] == subject_ids
+
+
+def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
+    "Landmarks of rows at days, of which those up to `over` are wholly known; NaT where there is no moment."
+    ends, there = labels.ends, ~np.isnat(days)
+    safe, over = np.where(there, days, np.datetime64(0, "D")), np.where(there, over, np.datetime64(0, "D"))
+    visits = _last_known(store, rows, over)
+    end_days, types, washed = ends.after(rows, safe)
+    durations = (end_days - safe) / _DAY
+    kept, flow = _sieve([(no_moment, ~there), ("no visit over by then", visits < 0), ("event on or before that day", (durations <= 0) & (types == 1)), ("competing event on or before that day", (durations <= 0) & (types == 2)),
+                         ("no follow-up after that day", (durations <= 0) | ~(ends.observation_ends[rows] > safe)), ("washout not over", ~washed)], unknown)
     known = store.visit_known[store.first_visit[rows[kept]] + visits[kept]].astype("datetime64[D]")
-    return _cut(labels, store, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept),
-                flow=flow_frame([*steps, ("landmarks", kept.sum(), "total")], "moments"))
+    return _cut(labels, store, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept), flow=flow)
 
 # %% ../nbs/04b_landmarks.ipynb #31ad63a8
 def at_visit(
@@ -207,7 +219,7 @@ def at_date(
     days = np.full(len(rows), days)
     return _at_days(labels, store, rows, days, days, "no date")
 
-# %% ../nbs/04b_landmarks.ipynb #209fb84b
+# %% ../nbs/04b_landmarks.ipynb #dbeb7e1b
 def at_age(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -258,14 +270,22 @@ def at_moments(
     "Landmarks at given moments, such as those of a label file. Patients who are not in the store are counted. Raises `ValueError` for lengths that differ or if nobody is at risk, `TypeError` for ids or times of another type."
     ids, (over, days) = check_ids(subject_ids), _moment_days(times)
     if ids.shape != days.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {days.shape}")
-    order = np.argsort(store.subject_ids, kind="stable")
-    place = order[np.clip(np.searchsorted(store.subject_ids, ids, sorter=order), 0, len(store) - 1)]
-    there = store.subject_ids[place] == ids
+    place, there = _rows_of(store, ids)
     marks = _at_days(labels, store, place[there], over[there], days[there], "no time", int((~there).sum()))
     return replace(marks, asked=np.flatnonzero(there)[marks.asked])
 
-# %% ../nbs/04b_landmarks.ipynb #b0db4fb9
+# %% ../nbs/04b_landmarks.ipynb #f85e6252
 _RULES = {"each": (at_each_visit, ()), "visit": (at_visit, (int,)), "date": (at_date, (str,)), "age": (at_age, (float,)), "day": (at_elapsed, (int,)), "window": (at_random_day, (str, str)), "drawn": (draw_landmarks, ()), "spaced": (spaced_landmarks, ())}
+_EXAMPLES = ("visit 3", "date 2015-01-01", "age 65", "day 1095", "window 2014-01-01 2015-12-31")
+
+
+def _read_rule(rule, rules):
+    "Name, function and values of a rule in words. Raises `ValueError` for one that does not exist or has the wrong number of words."
+    name, *words = rule.split() or [""]
+    if name not in rules: raise ValueError(f"rule: '{name}' is unknown; expected one of {', '.join(rules)}")
+    function, kinds = rules[name]
+    try: return name, function, [kind(word) for kind, word in zip(kinds, words, strict=True)]
+    except ValueError: raise ValueError(f"rule: '{name}' takes {len(kinds)} value{'s' * (len(kinds) != 1)}, such as {', '.join(f'`{r}`' for r in _EXAMPLES if r.split()[0] in rules)}; got '{rule}'") from None
 
 
 def choose_landmarks(
@@ -276,13 +296,78 @@ def choose_landmarks(
     seed: int = 0, # for `drawn`, `spaced` and `window`
 ) -> Landmarks: # as the function behind the rule makes them
     "Landmarks by a rule in words. Raises `ValueError` for a rule that does not exist or has the wrong number of words."
-    name, *words = rule.split() or [""]
-    if name not in _RULES: raise ValueError(f"rule: '{name}' is unknown; expected one of {', '.join(_RULES)}")
-    function, kinds = _RULES[name]
-    try: words = [kind(word) for kind, word in zip(kinds, words, strict=True)]
-    except ValueError: raise ValueError(f"rule: '{name}' takes {len(kinds)} value{'s' * (len(kinds) != 1)}, such as `visit 3`, `date 2015-01-01`, `age 65`, `day 1095` or `window 2014-01-01 2015-12-31`; got '{rule}'") from None
+    name, function, words = _read_rule(rule, _RULES)
     if name == "drawn" and rows is None: rows = np.flatnonzero(labels.n_at_risk)
     return function(labels, store, *words, rows=rows, **({"seed": seed} if name in ("drawn", "spaced", "window") else {}))
+
+# %% ../nbs/04b_landmarks.ipynb #ec559ec8
+def _known_days(store): return store.visit_known.astype("datetime64[D]")
+
+
+def _each_day(store, rows):
+    "Rows and days, each day of a patient once."
+    lengths = store.n_visits[rows]
+    visits = np.repeat(store.first_visit[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    of_row, days = np.repeat(rows, lengths), _known_days(store)[visits]
+    new = np.concatenate([[True], (of_row[1:] != of_row[:-1]) | (days[1:] != days[:-1])])[:len(days)]
+    return of_row[new], days[new]
+
+
+def _day_of_visit(store, rows, number):
+    "Rows and the days on which their k-th visit ended, NaT where there is none."
+    if number < 1: raise ValueError(f"number: visits count 1, 2, 3, got {number}")
+    there = store.n_visits[rows] >= number
+    return rows, np.where(there, _known_days(store)[store.first_visit[rows] + np.where(there, number - 1, 0)], np.datetime64("NaT"))
+
+
+def _day_of_age(store, rows, years):
+    "Rows and the first days on which their patients were so old."
+    if not 0 <= years <= 200: raise ValueError(f"years: expected an age of 0 to 200, got {years}")
+    return rows, store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25)
+
+
+def _day_after_first(store, rows, days):
+    "Rows and the day so many days after the first visit began."
+    if not 0 <= days <= 100_000: raise ValueError(f"days: expected a whole number, 0 or more (and at most 100,000), got {days}")
+    return rows, store.visit_starts[store.first_visit[rows]].astype("datetime64[D]") + days
+
+
+_DAY_RULES = {"last": (lambda store, rows: (rows, _known_days(store)[store.first_visit[rows + 1] - 1]), ()), "each": (_each_day, ()), "visit": (_day_of_visit, (int,)),
+              "date": (lambda store, rows, date: (rows, np.full(len(rows), as_day(date))), (str,)), "age": (_day_of_age, (float,)), "day": (_day_after_first, (int,))}
+
+# %% ../nbs/04b_landmarks.ipynb #63798c8d
+def _unlabelled(store, rows, over, days, unknown=0):
+    "Landmarks without labels at days, of which those up to `over` are wholly known; NaT where there is no such day."
+    there = ~np.isnat(days)
+    safe, over = (np.where(there, d, np.datetime64(0, "D")) for d in (days, over))
+    visits = _last_known(store, rows, over)
+    kept, flow = _sieve([("no such moment", ~there), ("no visit over by then", visits < 0), ("death on or before that day", store.deaths[rows].astype("datetime64[D]") <= safe)], unknown)
+    known, n = _known_days(store)[store.first_visit[rows[kept]] + visits[kept]], int(kept.sum())
+    return Landmarks(store, rows[kept], visits[kept], np.full(n, np.nan), np.zeros(n, dtype=bool), elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept), flow=flow)
+
+
+def unlabelled_landmarks(
+    store: SequenceStore, # of the patients
+    rule: str = "last", # `last`, `each`, `visit 3`, `date 2015-01-01`, `age 65` or `day 1095` (since the first visit)
+    rows=None, # patients to ask about; all if None
+) -> Landmarks: # in the order of `rows`, durations NaN
+    "Moments to ask a model about whose outcome nobody knows. Raises `ValueError` for a rule that does not exist or has the wrong number of words, and if nobody is left."
+    _, function, words = _read_rule(rule, _DAY_RULES)
+    rows, days = function(store, np.arange(len(store)) if rows is None else row_numbers(rows, len(store)), *words)
+    return _unlabelled(store, rows, days, days)
+
+
+def unlabelled_moments(
+    store: SequenceStore, # of the patients
+    subject_ids, # (n,) ids of patients; one may come several times
+    times, # (n,) datetime64, as in `at_moments`
+) -> Landmarks: # in the order given; `asked` says which moments they are; durations NaN
+    "Given moments, such as those of a label file, without labels. Raises as `at_moments`."
+    ids, (over, days) = check_ids(subject_ids), _moment_days(times)
+    if ids.shape != days.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {days.shape}")
+    place, there = _rows_of(store, ids)
+    marks = _unlabelled(store, place[there], over[there], days[there], int((~there).sum()))
+    return replace(marks, asked=np.flatnonzero(there)[marks.asked])
 
 # %% ../nbs/04b_landmarks.ipynb #fb883155
 def last_values(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'masked_places', 'scores_on', 'masked_hits', 'masked_accuracy', 'bootstrap_means', 'compare_masked',
            'visible_codes', 'unigram', 'own_codes', 'visits_by_code', 'same_visit', 'LogLinearCodes',
-           'pretraining_loader', 'recommended_config', 'pretraining_model', 'pretrain', 'plot_accuracy',
-           'compare_next_visit']
+           'pretraining_loader', 'recommended_config', 'pretraining_model', 'pretraining_parts', 'pretrain',
+           'plot_accuracy', 'compare_next_visit']
 
 # %% ../nbs/16a_pretraining.ipynb #17df7e37
 import math
@@ -204,7 +204,7 @@ class LogLinearCodes(nn.Module):
         "`masked_code_loss`."
         return masked_code_loss(logits, batch)
 
-# %% ../nbs/16a_pretraining.ipynb #6e189749
+# %% ../nbs/16a_pretraining.ipynb #e6471c87
 OBJECTIVES = ("mlm", "next_visit", "both", "contrastive")
 
 
@@ -233,10 +233,13 @@ def pretraining_loader(
 def recommended_config(
     store: SequenceStore, # where the patients are
     objective: str = "mlm", # one of `OBJECTIVES`
-) -> BEHRTConfig: # of the small preset
-    "The small preset; bidirectional where no answer lies in the later visits, and with half of the heads on their own visit where masked codes are guessed, which is measured below."
-    heads = BEHRTConfig.small(1).num_heads // 2 if objective in ("mlm", "both") else 0
-    return BEHRTConfig.small(len(store.vocabulary), attention="bidirectional" if objective in ("mlm", "contrastive") else "visit_causal", visit_heads=heads)
+    size: str = "small", # the preset: small, medium or large
+    **changes, # further settings of the configuration
+) -> BEHRTConfig: # of that preset
+    "A preset; bidirectional where no answer lies in the later visits, and with half of the heads on their own visit where masked codes are guessed, which is measured below."
+    preset = getattr(BEHRTConfig, size)
+    heads = preset(1).num_heads // 2 if objective in ("mlm", "both") else 0
+    return preset(len(store.vocabulary), **{"attention": "bidirectional" if objective in ("mlm", "contrastive") else "visit_causal", "visit_heads": heads} | changes)
 
 
 def pretraining_model(
@@ -253,7 +256,28 @@ def pretraining_model(
     if objective == "both": model.start_from(next_visit_rates(store, rows), token_rates(store, rows))
     return model
 
-# %% ../nbs/16a_pretraining.ipynb #21c732af
+# %% ../nbs/16a_pretraining.ipynb #d802c5a2
+def pretraining_parts(
+    store: SequenceStore, # where the patients are
+    train_rows, # the training patients
+    validation_rows, # other patients, on whom the evaluation to keep is chosen
+    config: BEHRTConfig | None = None, # of the encoder; `recommended_config` if None
+    objective: str = "mlm", # one of `OBJECTIVES`
+    masking: float = 0.15, # share of codes masked
+    max_patients: int = 16, # patients a training batch, at most
+    seed: int = 0, # of weights, order and masks
+    **options, # of `BatchLoader`: token_budget, max_tokens, num_workers
+) -> tuple: # an untrained model, batches to train on, batches to validate on
+    "What a `Trainer` needs for pre-training. Raises `ValueError` for an unknown objective, a `config` of another vocabulary, patients in both parts, and if nobody has the two visits that a next one takes."
+    config = config or recommended_config(store, objective)
+    train_rows, validation_rows = (row_numbers(rows, len(store)) for rows in (train_rows, validation_rows))
+    if common := len(np.intersect1d(train_rows, validation_rows)): raise ValueError(f"validation_rows: {common} patients are training patients too; expected none. Use `split_patients`")
+    train = pretraining_loader(store, train_rows, config, objective, masking, seed, max_patients=max_patients, shuffle=True, random_end=True, seed=seed, **options)
+    validation = pretraining_loader(store, validation_rows, config, objective, masking, seed + 1, **options)
+    torch.manual_seed(seed)
+    return pretraining_model(store, train_rows, config, objective), train, validation
+
+
 def pretrain(
     store: SequenceStore, # where the patients are
     train_rows, # the training patients
@@ -268,20 +292,14 @@ def pretrain(
     max_tokens: int = 256, # tokens a patient; longer histories show another window in each epoch
     token_budget: int = 4096, # tokens a batch, padding included
     seed: int = 0, # of weights, order, masks and dropout
-    **options, # of `Trainer`: patience, device, mixed_precision, after_epoch, show_progress, ...
+    after_epoch=None, # called with the model, in evaluation mode, after each epoch; the dict that it returns joins the history
+    **options, # of `Trainer`: patience, device, mixed_precision, show_progress, ...
 ) -> tuple: # the model in evaluation mode, and the history: one dict an epoch
-    """Pre-train an encoder; the model holds the weights of the epoch with the lowest validation loss. With `folder` it is saved with its vocabulary.
+    """Pre-train an encoder; the model holds the weights of the epoch with the lowest validation loss. With `folder` it is saved with its vocabulary. On a machine that may go away, use `ehrseq_pretrain`, which goes on after a kill.
 
-    Raises `ValueError` for an unknown objective, a `config` of another vocabulary, patients in both parts, and if nobody has the two visits that a next one takes."""
-    config = config or recommended_config(store, objective)
-    train_rows, validation_rows = (row_numbers(rows, len(store)) for rows in (train_rows, validation_rows))
-    if common := len(np.intersect1d(train_rows, validation_rows)): raise ValueError(f"validation_rows: {common} patients are training patients too; expected none. Use `split_patients`")
-    common = {"token_budget": token_budget, "max_tokens": max_tokens}
-    train = pretraining_loader(store, train_rows, config, objective, masking, seed, max_patients=patients_per_step, shuffle=True, random_end=True, seed=seed, **common)
-    validation = pretraining_loader(store, validation_rows, config, objective, masking, seed + 1, **common)
-    torch.manual_seed(seed)
-    model = pretraining_model(store, train_rows, config, objective)
-    trainer = Trainer(model, train, validation, epochs, learning_rate, patients_per_step=patients_per_step, seed=seed, label=objective, **options)
+    Raises as `pretraining_parts`."""
+    model, *loaders = pretraining_parts(store, train_rows, validation_rows, config, objective, masking, patients_per_step, seed, max_tokens=max_tokens, token_budget=token_budget)
+    trainer = Trainer(model, *loaders, metrics=after_epoch, epochs=epochs, learning_rate=learning_rate, patients_per_step=patients_per_step, seed=seed, label=objective, **options)
     history = trainer.fit()
     model = trainer.accelerator.unwrap_model(trainer.model)
     if folder is not None: model.save_pretrained(folder, store.vocabulary)

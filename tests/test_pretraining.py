@@ -19,7 +19,8 @@ from ehr_sequencing.pretraining import (OBJECTIVES, LogLinearCodes, bootstrap_me
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.survival import BEHRTForSurvival
 from ehr_sequencing.synthetic import OUTCOME_CODE, simulate_cohort
-from ehr_sequencing.training import Trainer, make_accelerator, mean_loss, train_step
+from ehr_sequencing.steps import make_accelerator, mean_loss, train_step
+from ehr_sequencing.training import Trainer
 from ehr_sequencing.vocabulary import MASK, fit_vocabulary
 
 QUIET = {"device": "cpu", "show_progress": False}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['smooth', 'learning_rate_test', 'suggest_learning_rate', 'plot_learning_rates']
 
-# %% ../nbs/16aa_learning_rate.ipynb #309f3a59
+# %% ../nbs/16aa_learning_rate.ipynb #a209e542
 import copy
 from itertools import count
 
@@ -16,9 +16,9 @@ from torch import nn
 
 from .batches import BatchLoader
 from .metrics import COLORS
-from .steps import make_accelerator, make_optimizer, n_patients, plan_steps, train_step
+from .steps import make_accelerator, make_optimizer, mean_loss, plan_steps, train_step
 
-# %% ../nbs/16aa_learning_rate.ipynb #6747e83b
+# %% ../nbs/16aa_learning_rate.ipynb #bbf471c7
 def smooth(
     values, # (n,) losses in the order of steps
     beta: float = 0.9, # weight of what came before, in [0, 1)
@@ -48,12 +48,13 @@ def learning_rate_test(
     weight_decay: float = 0.05, # on matrices
     device: str = "auto", # "auto", "cpu", "cuda" or "mps"
     seed: int = 0, # of dropout
-) -> pd.DataFrame: # one row a step: learning_rate, loss, smoothed
+) -> pd.DataFrame: # one row a step: learning_rate, loss, excess (over the untrained model, on the same patients), smoothed (excess)
     "Train a copy of a model at rates that grow, until the loss explodes (Smith 2017). Raises `ValueError` for rates that are no growing positive numbers, or if the first loss is not finite."
     if not 0 < smallest < largest < np.inf: raise ValueError(f"smallest: expected positive rates, smallest below largest, got {smallest} and {largest}")
     if steps < 2: raise ValueError(f"steps: expected at least 2, got {steps}")
-    accelerator, trial, rows = make_accelerator(device), copy.deepcopy(model), []
+    accelerator, trial, start, rows = make_accelerator(device), copy.deepcopy(model), copy.deepcopy(model), []
     trial, optimizer = accelerator.prepare(trial, make_optimizer(trial, smallest, weight_decay, accelerator.device.type))
+    start.to(accelerator.device)
     torch.manual_seed(seed)
     trial.train()
     for rate, group in zip(np.geomspace(smallest, largest, steps), _endless(train, patients_per_step)):
@@ -62,11 +63,10 @@ def learning_rate_test(
         except ValueError:
             if not rows: raise
             break
-        rows.append((float(rate), loss))
-        smoothed = smooth([loss for _, loss in rows])
-        if len(rows) >= 10 and smoothed[-1] > smoothed.min() + max(smoothed[0] - smoothed.min(), 0.05 * abs(smoothed[0])): break
-    frame = pd.DataFrame(rows, columns=["learning_rate", "loss"])
-    return frame.assign(smoothed=smooth(frame["loss"]))
+        rows.append((float(rate), loss, loss - mean_loss(start, group, accelerator.device)))
+        if len(rows) >= 10 and smooth([row[2] for row in rows])[-1] > 0.1 * abs(rows[0][1]): break
+    frame = pd.DataFrame(rows, columns=["learning_rate", "loss", "excess"])
+    return frame.assign(smoothed=smooth(frame["excess"]))
 
 
 def suggest_learning_rate(
@@ -74,22 +74,24 @@ def suggest_learning_rate(
 ) -> float: # a tenth of the rate at which the smoothed loss was lowest
     "A rate to begin a search with. Raises `ValueError` if the loss was still falling when the test ended, or never fell."
     lowest = int(test["smoothed"].argmin())
+    if test["smoothed"].iloc[lowest] >= 0: lowest = 0
     if lowest == len(test) - 1: raise ValueError("test: the loss was still falling at the last rate; test larger ones, largest=10")
     if lowest == 0: raise ValueError("test: the loss never fell; test smaller rates, or look at the model")
     return float(test["learning_rate"].iloc[lowest]) / 10
 
-# %% ../nbs/16aa_learning_rate.ipynb #63f0b2bf
+# %% ../nbs/16aa_learning_rate.ipynb #3bb3aef8
 def plot_learning_rates(
     test: pd.DataFrame, # of `learning_rate_test`
     chosen: float | None = None, # a rate to mark
     ax=None, # matplotlib axes; new ones if None
 ):
-    "The loss of each step against its learning rate, as it was and smoothed."
+    "What each step gained over the untrained model, on the same patients, against its learning rate: as it was and smoothed."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
-    ax.plot(test["learning_rate"], test["loss"], ".", color="0.7", label="each step")
+    ax.axhline(0, color="0.8", lw=0.8)
+    ax.plot(test["learning_rate"], test["excess"], ".", color="0.7", label="each step")
     ax.plot(test["learning_rate"], test["smoothed"], color=COLORS[0], label="smoothed")
     if chosen is not None: ax.axvline(chosen, color=COLORS[2], ls="--", label=f"suggested: {chosen:.1g}")
-    ax.set(xscale="log", xlabel="learning rate", ylabel="loss of the step")
+    ax.set(xscale="log", xlabel="learning rate", ylabel="loss over untrained model")
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -3,12 +3,13 @@
     python benchmarks/first_comparison.py --data ../shared/data
 
 A source that is not there is left out and said so; a run whose folder exists under experiments/first_comparison/ is taken as it is,
-so that a killed script goes on where it was. Takes about a quarter of an hour on two cores.
+so that a killed script goes on where it was. Takes about twenty minutes on one core.
 """
 import json
 import os
 from pathlib import Path
 
+import torch
 from fastcore.script import call_parse
 
 from ehr_sequencing.benchmark import BenchmarkConfig, run_benchmark
@@ -45,7 +46,7 @@ def main(
 ):
     "Run what is missing and write the page."
     parts = ["# A first comparison", "Written by `benchmarks/first_comparison.py`: the same command, with its defaults, on six questions. Each section is the report of one run.",
-             f"One split and one seed ({SEED}) each, not the one with which the networks' defaults were chosen; {os.cpu_count()} cores, no GPU. Seconds are of a shared machine and only their ratios mean anything."]
+             f"One split and one seed ({SEED}) each, not the one with which the networks' defaults were chosen; {torch.get_num_threads()} of {os.cpu_count()} cores, no GPU. Seconds are of a machine that had other work at the same time; they tell orders of magnitude."]
     for name, (title, source, outcome, remark) in RUNS.items():
         path = None if source is None else locate(source, Path(data))
         folder = ROOT / "experiments" / "first_comparison" / name
@@ -54,8 +55,8 @@ def main(
             continue
         if not folder.exists(): run_benchmark(BenchmarkConfig(source=path and str(path), outcome=outcome, out=str(folder), seed=SEED))
         report = (folder / "results.md").read_text(encoding="utf-8").replace("\n## ", "\n#### ")
-        versions = json.loads((folder / "hyperparameters.json").read_text())["versions"]
-        parts += [f"## {title}", remark, "\n".join(report.splitlines()[1:]).strip(), "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+        versions = json.loads((folder / "hyperparameters.json").read_text())["provenance"]["versions"]
+        parts += [f"## {title}", remark, "\n".join(report.splitlines()[1:]).strip(), "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items() if v) + "."]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"{out} written")

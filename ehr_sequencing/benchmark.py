@@ -40,7 +40,7 @@ from .steps import make_accelerator
 from .training import Trainer, plot_losses
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
-# %% ../nbs/18_benchmark.ipynb #f2d2cab9
+# %% ../nbs/18_benchmark.ipynb #3b15fe38
 @dataclass
 class BenchmarkConfig:
     "What a benchmark runs on and how. Raises `ValueError` for settings that make no sense."
@@ -56,7 +56,7 @@ class BenchmarkConfig:
     horizon_years: float = 5 # risk is asked within this many years of 365 days
     num_patients: int = 3000 # of the synthetic cohort
     hazard_ratio: float = 3 # of the synthetic cohort: a clinic in which the outcome is three times as common as in people of that age
-    max_tokens: int = 512 # tokens a patient that the networks see
+    max_tokens: int = 512 # tokens of a patient that the networks see at once
     token_budget: int = 4096 # tokens a batch
     min_patients: int = 5 # a code seen in fewer training patients is unknown
     n_resamples: int = 1000 # of the bootstrap
@@ -136,7 +136,7 @@ def prepare_cohort(
     say(f"Vocabulary of {len(vocabulary):,} tokens from the training patients; {len(store.tokens):,} tokens in {store.n_visits.sum():,} visits.")
     return Cohort(table, store, labels, split, landmarks, summary, truth)
 
-# %% ../nbs/18_benchmark.ipynb #4bb7df41
+# %% ../nbs/18_benchmark.ipynb #7844a809
 @dataclass
 class Arm:
     "A fitted model with its costs and what it says at the landmarks."
@@ -150,7 +150,7 @@ class Arm:
 
 
 def _loaders(cohort, config):
-    "Batches of training and validation patients, each history ending at its last visit at risk."
+    "Batches of training and validation patients: windows of which each visit at risk is new in one."
     return [labelled_batches(cohort.store, cohort.labels, cohort.split[part], part == "train", token_budget=config.token_budget, max_tokens=config.max_tokens, seed=config.seed) for part in ("train", "validation")]
 
 
@@ -172,7 +172,7 @@ def fit_network(
     risks = {part: model.predict_risk(cohort.landmarks[part], config.horizons[-1], token_budget=config.token_budget, max_tokens=config.max_tokens)[:, 0] for part in ("train", "test")}
     return Arm(name, risks, *count_parameters(model)[:2], seconds, history, model)
 
-# %% ../nbs/18_benchmark.ipynb #806ea315
+# %% ../nbs/18_benchmark.ipynb #e654dfde
 def fit_cox(
     name: str, # in the table
     features, # groups of `LandmarkFeatures`
@@ -204,10 +204,11 @@ def fit_arms(
     cohort: Cohort, # to train on
     config: BenchmarkConfig, # settings
     say=print, # called with a line an arm
+    show_progress: bool = True, # bar or lines of the networks
 ) -> list: # of `Arm`, in the order of the table
     "Fit all arms."
     jobs = {"visit count only": lambda n: fit_cox(n, "visits", cohort, config), "Cox on age, sex and counts": lambda n: fit_cox(n, ("age", "sex", "codes"), cohort, config),
-            "LSTM": lambda n: fit_network(n, cohort, config), "BEHRT": lambda n: fit_network(n, cohort, config)}
+            "LSTM": lambda n: fit_network(n, cohort, config, show_progress), "BEHRT": lambda n: fit_network(n, cohort, config, show_progress)}
     arms = []
     for name, job in jobs.items():
         say(f"Fitting {name}.")
@@ -352,7 +353,7 @@ def write_results(
         figure.savefig(folder/"plots"/f"{name}.png", dpi=120)
         plt.close(figure)
 
-# %% ../nbs/18_benchmark.ipynb #7ddb178b
+# %% ../nbs/18_benchmark.ipynb #087dbe5f
 def _check_out(folder, overwrite):
     "Raise unless `folder` is free, or holds a run that may be replaced. A folder with anything else is never touched."
     if not folder.exists(): return
@@ -363,6 +364,7 @@ def _check_out(folder, overwrite):
 def run_benchmark(
     config: BenchmarkConfig, # what to run
     say=print, # called with each line of the account
+    show_progress: bool = True, # bar or lines of the networks
 ) -> pd.DataFrame: # the table of `results_table`
     "Prepare, fit, judge and write. Raises the errors of each part; no folder is left behind by an error."
     make_accelerator(config.device)  # an absent device is an error before the data are read
@@ -370,7 +372,7 @@ def run_benchmark(
     cohort = prepare_cohort(config, say)
     _check_out(config.folder, config.overwrite)  # again, before hours of work
     with whole_folder(config.folder, replace=config.overwrite) as folder:
-        arms = fit_arms(cohort, config, say)
+        arms = fit_arms(cohort, config, say, show_progress)
         table, draws = results_table(arms, cohort, config)
         comparisons = compare_arms(table, draws, int(cohort.landmarks["test"].events.sum()))
         write_results(folder, config, cohort, arms, table, comparisons)

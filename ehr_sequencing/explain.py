@@ -244,7 +244,7 @@ def visit_attention(
     each = torch.stack([attention_between_visits(a, batch["visit_ids"], batch["sequence_mask"].shape[1]) for a in attentions], 1)  # (B, layers, heads, V, V)
     return each if how == "each" else each.mean((1, 2))
 
-# %% ../nbs/16c_explain.ipynb #18a415db
+# %% ../nbs/16c_explain.ipynb #88e25482
 def plot_visit_attention(
     weights: Tensor, # (V, V) of one patient
     days=None, # (V,) days since the first visit, for the labels
@@ -255,7 +255,8 @@ def plot_visit_attention(
     if ax is None: ax = plt.subplots(figsize=(4.2, 3.6), layout="constrained")[1]
     image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=float(weights[1:].max()) if len(weights) > 1 else 1)  # the first visit can only look at itself
     shown = range(0, len(weights), 1 + len(weights) // 12)
-    names = [f"{v}" if days is None else f"{days[v] / 365.25:.1f}" for v in shown]
+    digits = 1 if days is None or days[-1] - days[0] > 1000 else 2
+    names = [f"{v}" if days is None else f"{days[v] / 365.25:.{digits}f}" for v in shown]
     unit = "visit" if days is None else "visit, years since the first"
     ax.set(xticks=shown, yticks=shown, xticklabels=names, yticklabels=names, xlabel=f"looked at ({unit})", ylabel=f"looks ({unit})")
     ax.tick_params(axis="x", rotation=90)
@@ -285,7 +286,7 @@ def risk_path(
     if not hasattr(model, "horizons"): raise ValueError(f"model: {type(model).__name__} has one answer for a whole history; a path of risks needs a survival model")
     with evaluating(model), torch.no_grad(): return _risks(model, one, horizon, 0)[0].cpu().numpy()
 
-# %% ../nbs/16c_explain.ipynb #6225a930
+# %% ../nbs/16c_explain.ipynb #aa924c9a
 _UP, _DOWN = COLORS[2], COLORS[0]
 
 
@@ -327,6 +328,7 @@ def plot_patient(
     axes[0].axhline(known, color="0.4", ls="--", lw=1)
     axes[0].annotate("codes unknown", (1.005, known), xycoords=axes[0].get_yaxis_transform(), va="center", fontsize=8, color="0.3")
     axes[0].annotate(f"{100 * risks[-1]:.0f} %", (years[-1], 100 * risks[-1]), (6, 0), textcoords="offset points", va="center", fontsize=9, weight="bold")
+    for ax in axes: ax.set_xmargin(0.15)  # room for the last number
     axes[0].set(ylim=(0, 1.15 * max(100 * risks.max(), known)), ylabel=f"risk {within} (%)")
     _plot_effects(axes[1], found.tokens, effects, years)
     age = int(one["visit_ages"][0, 0])

@@ -18,7 +18,7 @@ from .batches import BatchLoader
 from .metrics import COLORS
 from .steps import make_accelerator, make_optimizer, n_patients, plan_steps, train_step
 
-# %% ../nbs/16aa_learning_rate.ipynb #6747e83b
+# %% ../nbs/16aa_learning_rate.ipynb #6e843d32
 def smooth(
     values, # (n,) losses in the order of steps
     beta: float = 0.9, # weight of what came before, in [0, 1)
@@ -58,10 +58,11 @@ def learning_rate_test(
     trial.train()
     for rate, group in zip(np.geomspace(smallest, largest, steps), _endless(train, patients_per_step)):
         for parameters in optimizer.param_groups: parameters["lr"] = float(rate)
-        try: loss, _ = train_step(trial, optimizer, accelerator, group, 1.0, f"step {len(rows)}")
+        try: loss, units = train_step(trial, optimizer, accelerator, group, 1.0, f"step {len(rows)}")
         except ValueError:
             if not rows: raise
             break
+        if not units: continue  # a step without anything to predict
         rows.append((float(rate), loss))
         smoothed = smooth([loss for _, loss in rows])
         if len(rows) >= 10 and smoothed[-1] > smoothed.min() + max(smoothed[0] - smoothed.min(), 0.05 * abs(smoothed[0])): break

@@ -180,7 +180,7 @@ def _fill(sizes, budget, max_patients):
         current.append(i); longest = grown
     return batches + [current]
 
-# %% ../nbs/02b_batches.ipynb #f59266a0
+# %% ../nbs/02b_batches.ipynb #62b2cb35
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included. Raises `ValueError` for no patients, an unknown layout, and tiles with random ends or a mask of another shape."
     def __init__(self,
@@ -239,9 +239,9 @@ class BatchLoader:
 
     def batches(self,
         plan: list, # some of the batches of `plan()`, or pieces of them
-    ): # yields batches
-        "Make planned batches."
-        yield from torch.utils.data.DataLoader(_Planned(self, plan), batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+    ): # iterator of batches
+        "Make planned batches, each when it is asked for (by other processes: ahead)."
+        return iter(torch.utils.data.DataLoader(_Planned(self, plan), batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory))
 
     def __len__(self): return len(self.plan())
 

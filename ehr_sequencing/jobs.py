@@ -186,7 +186,7 @@ def whole_folder(
             move_into_place(partial, path)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/00a_jobs.ipynb #c4e3f984
+# %% ../nbs/00a_jobs.ipynb #bcdc95b4
 _HELD = {} # folders that this process has locked: device and inode -> [descriptor, how often]
 
 
@@ -220,7 +220,9 @@ def only_one(
     try: yield
     finally:
         held[1] -= 1
-        if not held[1] and held[0] is not None: os.close(held[0])
+        if not held[1] and held[0] is not None:
+            with contextlib.suppress(OSError): fcntl.flock(held[0], fcntl.LOCK_UN)  # closing is not enough: a child of this process may have the descriptor too
+            os.close(held[0])
 
 # %% ../nbs/00a_jobs.ipynb #d9f392c0
 class Progress:

@@ -18,7 +18,7 @@ from .batches import BatchLoader
 from .metrics import COLORS
 from .steps import make_accelerator, make_optimizer, mean_loss, plan_steps, train_step
 
-# %% ../nbs/16aa_learning_rate.ipynb #bbf471c7
+# %% ../nbs/16aa_learning_rate.ipynb #6e843d32
 def smooth(
     values, # (n,) losses in the order of steps
     beta: float = 0.9, # weight of what came before, in [0, 1)
@@ -59,14 +59,16 @@ def learning_rate_test(
     trial.train()
     for rate, group in zip(np.geomspace(smallest, largest, steps), _endless(train, patients_per_step)):
         for parameters in optimizer.param_groups: parameters["lr"] = float(rate)
-        try: loss, _ = train_step(trial, optimizer, accelerator, group, 1.0, f"step {len(rows)}")
+        try: loss, units = train_step(trial, optimizer, accelerator, group, 1.0, f"step {len(rows)}")
         except ValueError:
             if not rows: raise
             break
-        rows.append((float(rate), loss, loss - mean_loss(start, group, accelerator.device)))
-        if len(rows) >= 10 and smooth([row[2] for row in rows])[-1] > 0.1 * abs(rows[0][1]): break
-    frame = pd.DataFrame(rows, columns=["learning_rate", "loss", "excess"])
-    return frame.assign(smoothed=smooth(frame["excess"]))
+        if not units: continue  # a step without anything to predict
+        rows.append((float(rate), loss))
+        smoothed = smooth([loss for _, loss in rows])
+        if len(rows) >= 10 and smoothed[-1] > smoothed.min() + max(smoothed[0] - smoothed.min(), 0.05 * abs(smoothed[0])): break
+    frame = pd.DataFrame(rows, columns=["learning_rate", "loss"])
+    return frame.assign(smoothed=smooth(frame["loss"]))
 
 
 def suggest_learning_rate(

@@ -6,7 +6,7 @@
 __all__ = ['COMPARED', 'NOT_DEFINING', 'AGAINST', 'group_runs', 'find_runs', 'runs_table', 'best_runs', 'plot_quality',
            'markdown_table', 'runs_report', 'BenchmarkTracker']
 
-# %% ../nbs/17a_run_tables.ipynb #c761fe3c
+# %% ../nbs/17a_run_tables.ipynb #7802816e
 import json
 import math
 from pathlib import Path
@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .metrics import COLORS, MARKERS
-from .tracking import Run, higher_is_better, is_run, load_run, readable_time
+from .tracking import Run, is_run, load_run, readable_time
+from .training import higher_is_better
 
 # %% ../nbs/17a_run_tables.ipynb #5c418d20
 COMPARED = ("fingerprint", "split", "task") # of the data: where runs differ in one, they are not compared

@@ -53,7 +53,7 @@ def make_optimizer(
     "AdamW with `parameter_groups`; fused on CPU and CUDA."
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, fused=device_type in ("cpu", "cuda"))
 
-# %% ../nbs/15b_steps.ipynb #f858b9c9
+# %% ../nbs/15b_steps.ipynb #a4582e78
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -61,7 +61,8 @@ def _change_process(device, mixed_precision):
     "accelerate keeps device and precision for the whole process; forget them where the next training wants others. Processes that were launched together stay as they are."
     known = AcceleratorState._shared_state
     if not known or known["num_processes"] > 1: return
-    if known["_mixed_precision"] != mixed_precision or device not in ("auto", known["device"].type): AcceleratorState._reset_state(reset_partial_state=True)
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else known["device"].type  # after a training on the CPU too
+    if known["_mixed_precision"] != mixed_precision or device != known["device"].type: AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_accelerator(
@@ -119,7 +120,7 @@ def share_step(
     spare = -(-len(pieces) // world) - len(mine)
     return mine + pieces[:spare], spare
 
-# %% ../nbs/15b_steps.ipynb #17e59df2
+# %% ../nbs/15b_steps.ipynb #dd075edc
 def batch_loss(
     model: nn.Module, # with `forward(batch)` and `loss(outputs, batch)`, or a wrapper around one
     batch: dict, # on the device of the model
@@ -157,11 +158,11 @@ def telling_where(
     "Put the place in front of errors, and say of memory that ran out which setting to lower. Raises `ValueError`, `MemoryError`."
     try: yield
     except ValueError as error: raise ValueError(f"{where}: {error}") from None
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)): raise
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))): raise  # the CPU and MPS say it in words
         raise MemoryError(f"{where}: out of memory. Raise --gradient_accumulation_steps (the same steps, in smaller pieces), lower --max_tokens or --model_size, or use --gradient_checkpointing or --mixed_precision bf16") from None
 
-# %% ../nbs/15b_steps.ipynb #4acd1859
+# %% ../nbs/15b_steps.ipynb #67e5b4f0
 def _rescale(model, factor):
     "Multiply all gradients."
     for p in model.parameters():
@@ -192,7 +193,7 @@ def train_step(
     if units != patients: _rescale(model, patients / units)
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     if accelerator.scaler is None and norm is not None and not torch.isfinite(torch.as_tensor(norm)): raise ValueError(f"{where}: the gradient is not finite, though the loss is {total / units:g}. Lower the learning rate")
-    optimizer.step()
+    with telling_where(where): optimizer.step()  # the first one takes memory for the moments
     return total / units, units
 
 

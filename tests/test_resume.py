@@ -324,7 +324,7 @@ def test_not_a_number(data, tmp_path):
 
 def test_metrics_that_do_not_serve(data):
     "NaN cannot be watched, the columns of the history are taken, and a model without anything to train is refused."
-    with pytest.raises(ValueError, match="monitor: 'c' is nan after step 4"): make_trainer(data, "mlm", metrics=lambda model: {"c": float("nan")}, monitor="c").fit()
+    with pytest.raises(ValueError, match="monitor: 'c' is nan after step 4"): make_trainer(data, "mlm", metrics=lambda model: {"c": float("nan")}, monitor="c", maximize=True).fit()
     with pytest.raises(ValueError, match="metrics: 'step' is a column"): make_trainer(data, "mlm", metrics=lambda model: {"step": 0}).fit()
     assert len(make_trainer(data, "mlm", metrics=lambda model: None, epochs=1).fit()) == 1
     for name, value in (("learning_rate", "fast"), ("seed", None), ("epochs", 2.0)):

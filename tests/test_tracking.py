@@ -29,12 +29,13 @@ from ehr_sequencing.jobs import only_one
 from ehr_sequencing.landmarks import draw_landmarks
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.outcomes import Outcome, label_visits
+from ehr_sequencing.run_figures import plot_run_calibration, plot_run_survival, run_survival
 from ehr_sequencing.run_tables import BenchmarkTracker, best_runs, group_runs
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.splits import split_patients
 from ehr_sequencing.survival import survival_curves
 from ehr_sequencing.synthetic import OUTCOME_CODE, simulate_cohort
-from ehr_sequencing.tracking import ExperimentTracker, Run, load_run, plot_run_calibration, plot_run_survival, run_survival, to_plain
+from ehr_sequencing.tracking import ExperimentTracker, Run, load_run, to_plain
 from ehr_sequencing.training import Trainer, ValidationConcordance
 from ehr_sequencing.vocabulary import fit_vocabulary
 

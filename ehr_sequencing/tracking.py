@@ -307,7 +307,7 @@ class _Elsewhere:
         self._each(lambda t: t.finish())
         _hide_host(self.folder)
 
-# %% ../nbs/17_tracking.ipynb #f0e534ad
+# %% ../nbs/17_tracking.ipynb #f2cd2220
 def _logged_seconds(logged, metadata):
     "How long the last session of a run had gone on at its last evaluation; 0 if it had none, and the file is from the session before."
     return logged.get("session_seconds", 0.0) if logged.get("session") == len(metadata["sessions"]) else 0.0
@@ -318,7 +318,7 @@ def _surroundings():
     "Versions, code and machine: they take a second to find out and stay what they are while a process runs."
     return collect_provenance()
 
-
+# %% ../nbs/17_tracking.ipynb #0c8cf061
 @contextlib.contextmanager
 def _writable(folder):
     "Errors of the disk in the block, with the folder and the remedy."

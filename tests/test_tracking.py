@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from privacy import patient_traces, with_long_ids
 from safetensors.torch import save_file
 
-from ehr_sequencing import tracking
+from ehr_sequencing import run_figures, tracking
 from ehr_sequencing.events import EventTable
 from ehr_sequencing.horizons import labelled_batches
 from ehr_sequencing.jobs import only_one
@@ -391,7 +391,7 @@ def test_names_of_figures_are_names(tmp_path):
 @settings(max_examples=200, deadline=None)
 def test_no_hidden_cell_of_a_row_can_be_worked_out(rows):
     counts = np.array(rows)
-    hidden = tracking._hidden_cells(counts, 10)
+    hidden = run_figures._hidden_cells(counts, 10)
     assert not (~hidden & (counts > 0) & (counts < 10)).any() and not (hidden & (counts == 0)).any()
     assert all(h.sum() != 1 or (c[~h] == 0).all() for h, c in zip(hidden, counts))
 

@@ -180,7 +180,7 @@ def _verdict(metric, row):
     others = "no other interval overlaps with its own" if not row["overlapping"] else f"not told apart from {', '.join(row['overlapping'])}, whose intervals overlap with its own or are not known"
     return f"- {metric}: best of {row['of']} is {row['run']} with {row['value']:.3f}{interval}; {others}."
 
-# %% ../nbs/17a_run_tables.ipynb #cadf806e
+# %% ../nbs/17a_run_tables.ipynb #76f8819c
 def _differ(runs):
     "In which of the compared facts runs differ, in words."
     names = [k for k in COMPARED if len({json.dumps(run.metadata["data"].get(k)) for run in runs}) > 1]
@@ -214,7 +214,7 @@ def runs_report(
     parts.append("Intervals are those that each run gives; two that overlap do not show that two models are equally good.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
-
+# %% ../nbs/17a_run_tables.ipynb #7d87d8ba
 class BenchmarkTracker:
     "Compares runs from their folders. Raises as `find_runs`."
     def __init__(self,

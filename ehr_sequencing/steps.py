@@ -162,7 +162,7 @@ def telling_where(
         if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))): raise  # the CPU and MPS say it in words
         raise MemoryError(f"{where}: out of memory. Raise --gradient_accumulation_steps (the same steps, in smaller pieces), lower --max_tokens or --model_size, or use --gradient_checkpointing or --mixed_precision bf16") from None
 
-# %% ../nbs/15b_steps.ipynb #67e5b4f0
+# %% ../nbs/15b_steps.ipynb #53612e93
 def _rescale(model, factor):
     "Multiply all gradients."
     for p in model.parameters():
@@ -196,7 +196,7 @@ def train_step(
     with telling_where(where): optimizer.step()  # the first one takes memory for the moments
     return total / units, units
 
-
+# %% ../nbs/15b_steps.ipynb #ee30159a
 @torch.no_grad()
 def mean_loss(
     model: nn.Module, # with `forward(batch)` and `loss(outputs, batch)`

@@ -39,7 +39,7 @@ from .metrics import COLORS, concordance_index
 from .steps import (PRECISIONS, SCHEDULES, learning_rate_factor, make_accelerator, make_optimizer, mean_loss, mean_over_units, n_patients, plan_steps, share_step,
                                   sum_over_processes, train_step)
 
-# %% ../nbs/16_training.ipynb #adcf35aa
+# %% ../nbs/16_training.ipynb #ee110b81
 HIGHER, LOWER = r"c_index|concordance|harrell|uno|auc|accuracy|f1|precision|recall|scaled_brier|ipa|r2", r"loss|brier|ici|error|perplexity|nll"
 
 
@@ -51,7 +51,7 @@ def higher_is_better(
         if re.search(rf"(^|_)({pattern})(_|$)", metric.lower()): return answer
     raise ValueError(f"metric: of '{metric}' it is not known whether more is better. Say it with higher=True or higher=False.")
 
-
+# %% ../nbs/16_training.ipynb #42b3952e
 _FREE = ("device", "mixed_precision", "checkpoint_steps", "checkpoint_minutes") # settings that a resumed run may change
 
 
@@ -365,45 +365,9 @@ class _Stepping(_Saving):
         self._tell()
         self._call("on_evaluation")
 
-# %% ../nbs/16_training.ipynb #cf2b6d09
-class Trainer(_Stepping):
-    "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
-    def __init__(self,
-        model: nn.Module, # to train, in place; has `forward(batch)` and `loss(outputs, batch)`
-        train: BatchLoader, # batches with labels
-        validation: BatchLoader, # batches with labels
-        settings: TrainingSettings | None = None, # how to train; the defaults if None
-        metrics=None, # called with the model, in evaluation mode, at each evaluation; the dict that it returns joins the history
-        callbacks=(), # objects with some of `on_begin(trainer)`, `on_evaluation(trainer)`, `on_end(trainer)`, called by the first process
-        folder=None, # where checkpoints go; nothing is written if None
-        resume: bool = False, # go on from the checkpoint of the folder, if there is one
-        label: str = "training", # shown in front of the progress
-        show_progress: bool = True, # bar or lines
-        **changes, # of the settings, such as epochs=5
-    ):
-        if not callable(getattr(model, "loss", None)): raise TypeError(f"model: expected one with a method `loss(outputs, batch)` that gives a mean and its weight; {type(model).__name__} has none")
-        if not any(p.requires_grad for p in model.parameters()): raise ValueError(f"model: no parameter of this {type(model).__name__} is to be trained; all are frozen. Free some with requires_grad_(True), or do not train it")
-        if resume and folder is None: raise ValueError("resume: needs the folder of the checkpoints")
-        self.settings = dataclasses.replace(settings, **changes) if settings else TrainingSettings(**changes)
-        self.module, self.train, self.validation, self.metrics, self.callbacks, self.resume, self.label, self.show_progress = model, train, validation, metrics, callbacks, resume, label, show_progress
-        self.accelerator = make_accelerator(self.settings.device, self.settings.mixed_precision)
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, self.settings.learning_rate, self.settings.weight_decay, self.accelerator.device.type))
-        train.set_epoch(0)
-        self.checkpoints, self.data_digest = (None, None) if folder is None else (Checkpoints(folder), _data_digest(train, validation))
-        self.run, self.best_weights, self.stop_asked, self._best_written, self._told, self._used = RunState(), None, False, None, "", False
-
-    @property
-    def history(self) -> list: # one dict an evaluation: epoch, step, train_loss, validation_loss, learning_rate and the metrics
-        "What the evaluations said."
-        return self.run.history
-
-    @property
-    def stopped(self) -> str | None: # None as long as it has not
-        "Why training ended."
-        chosen = self.settings
-        if not self.run.finished: return None
-        return f"all {chosen.epochs} epochs done" if self.run.epoch >= chosen.epochs else f"{chosen.monitor} did not improve for {chosen.patience} evaluations"
-
+# %% ../nbs/16_training.ipynb #8a9589eb
+class _Running(_Stepping):
+    "How a `Trainer` begins, and goes on until it is over."
     def _call(self, name):
         "Tell the callbacks, on the first process. What they draw at random changes no number of the run."
         if not self.accelerator.is_main_process or not self.callbacks: return
@@ -467,6 +431,45 @@ class Trainer(_Stepping):
                 self.run.finished = True
                 self.save()
             if sum_over_processes([float(self.stop_asked)], self.accelerator)[0]: raise KeyboardInterrupt("stopped when training had ended" + ("" if self.checkpoints is None else f"; the checkpoint is in {self.checkpoints.folder}"))
+
+# %% ../nbs/16_training.ipynb #eeb7f9b9
+class Trainer(_Running):
+    "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
+    def __init__(self,
+        model: nn.Module, # to train, in place; has `forward(batch)` and `loss(outputs, batch)`
+        train: BatchLoader, # batches with labels
+        validation: BatchLoader, # batches with labels
+        settings: TrainingSettings | None = None, # how to train; the defaults if None
+        metrics=None, # called with the model, in evaluation mode, at each evaluation; the dict that it returns joins the history
+        callbacks=(), # objects with some of `on_begin(trainer)`, `on_evaluation(trainer)`, `on_end(trainer)`, called by the first process
+        folder=None, # where checkpoints go; nothing is written if None
+        resume: bool = False, # go on from the checkpoint of the folder, if there is one
+        label: str = "training", # shown in front of the progress
+        show_progress: bool = True, # bar or lines
+        **changes, # of the settings, such as epochs=5
+    ):
+        if not callable(getattr(model, "loss", None)): raise TypeError(f"model: expected one with a method `loss(outputs, batch)` that gives a mean and its weight; {type(model).__name__} has none")
+        if not any(p.requires_grad for p in model.parameters()): raise ValueError(f"model: no parameter of this {type(model).__name__} is to be trained; all are frozen. Free some with requires_grad_(True), or do not train it")
+        if resume and folder is None: raise ValueError("resume: needs the folder of the checkpoints")
+        self.settings = dataclasses.replace(settings, **changes) if settings else TrainingSettings(**changes)
+        self.module, self.train, self.validation, self.metrics, self.callbacks, self.resume, self.label, self.show_progress = model, train, validation, metrics, callbacks, resume, label, show_progress
+        self.accelerator = make_accelerator(self.settings.device, self.settings.mixed_precision)
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, self.settings.learning_rate, self.settings.weight_decay, self.accelerator.device.type))
+        train.set_epoch(0)
+        self.checkpoints, self.data_digest = (None, None) if folder is None else (Checkpoints(folder), _data_digest(train, validation))
+        self.run, self.best_weights, self.stop_asked, self._best_written, self._told, self._used = RunState(), None, False, None, "", False
+
+    @property
+    def history(self) -> list: # one dict an evaluation: epoch, step, train_loss, validation_loss, learning_rate and the metrics
+        "What the evaluations said."
+        return self.run.history
+
+    @property
+    def stopped(self) -> str | None: # None as long as it has not
+        "Why training ended."
+        chosen = self.settings
+        if not self.run.finished: return None
+        return f"all {chosen.epochs} epochs done" if self.run.epoch >= chosen.epochs else f"{chosen.monitor} did not improve for {chosen.patience} evaluations"
 
     def fit(self) -> list: # `history`
         """Train until the epochs are over or what is watched stops improving; restore the best weights. Once for each `Trainer`.

@@ -22,19 +22,20 @@ from PIL import Image, PngImagePlugin
 from privacy import patient_traces, with_long_ids
 from safetensors.torch import save_file
 
-from ehr_sequencing import tracking
+from ehr_sequencing import run_figures, tracking
 from ehr_sequencing.events import EventTable
 from ehr_sequencing.horizons import labelled_batches
 from ehr_sequencing.jobs import only_one
 from ehr_sequencing.landmarks import draw_landmarks
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.outcomes import Outcome, label_visits
+from ehr_sequencing.run_figures import plot_run_calibration, plot_run_survival, run_survival
 from ehr_sequencing.run_tables import BenchmarkTracker, best_runs, group_runs
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.splits import split_patients
 from ehr_sequencing.survival import survival_curves
 from ehr_sequencing.synthetic import OUTCOME_CODE, simulate_cohort
-from ehr_sequencing.tracking import ExperimentTracker, Run, load_run, plot_run_calibration, plot_run_survival, run_survival, to_plain
+from ehr_sequencing.tracking import ExperimentTracker, Run, load_run, to_plain
 from ehr_sequencing.training import Trainer, ValidationConcordance
 from ehr_sequencing.vocabulary import fit_vocabulary
 
@@ -390,7 +391,7 @@ def test_names_of_figures_are_names(tmp_path):
 @settings(max_examples=200, deadline=None)
 def test_no_hidden_cell_of_a_row_can_be_worked_out(rows):
     counts = np.array(rows)
-    hidden = tracking._hidden_cells(counts, 10)
+    hidden = run_figures._hidden_cells(counts, 10)
     assert not (~hidden & (counts > 0) & (counts < 10)).any() and not (hidden & (counts == 0)).any()
     assert all(h.sum() != 1 or (c[~h] == 0).all() for h, c in zip(hidden, counts))
 

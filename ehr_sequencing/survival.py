@@ -23,7 +23,7 @@ from .losses import horizon_loss, survival_nll
 from .outcomes import check_horizons
 from .saved_models import SavedModel, evaluating
 
-# %% ../nbs/11_survival.ipynb #5a27f444
+# %% ../nbs/11_survival.ipynb #63e7bb9d
 def survival_from_logits(
     logits: Tensor, # (..., K) hazard logits
 ) -> Tensor: # (..., K) probability of surviving steps 0..k
@@ -31,9 +31,14 @@ def survival_from_logits(
     return nn.functional.logsigmoid(-at_least_float32(logits)).cumsum(-1).exp()
 
 
+def _on_device(days, logits):
+    "Days as a tensor beside the logits: in double precision, which MPS does not have."
+    return torch.as_tensor(days, dtype=torch.float32 if logits.device.type == "mps" else torch.float64, device=logits.device)
+
+
 def _log_survival(logits, edges, days):
     "Log of the survival function, (..., H), at days (..., H) >= 0; beyond the last bin its rate goes on."
-    edges = torch.as_tensor(edges, dtype=torch.float64, device=logits.device)
+    edges = _on_device(edges, logits)
     bins = torch.searchsorted(edges, days.contiguous()).clamp(1, len(edges) - 1)  # (..., H) 1..K
     share = ((days - edges[bins - 1]) / (edges[bins] - edges[bins - 1])).to(logits.dtype)
     at_edges = nn.functional.pad(nn.functional.logsigmoid(-logits).cumsum(-1), (1, 0))  # (..., K + 1), 0 at time 0
@@ -55,10 +60,10 @@ def risk_within(
     horizons = np.atleast_1d(np.asarray(horizons, dtype=float))
     if not ((horizons > 0) & (horizons <= edges[-1])).all():
         raise ValueError(f"horizons: expected days in (0, {edges[-1]:g}], the span of the model's bins; got {horizons.tolist()}")
-    horizons = torch.tensor(horizons.tolist(), dtype=torch.float64, device=logits.device)
+    horizons = _on_device(horizons.tolist(), logits)
     logits = at_least_float32(logits)
     if elapsed is None: return -torch.expm1(_log_survival(logits, edges, horizons))
-    begin = torch.as_tensor(elapsed, dtype=torch.float64, device=logits.device).unsqueeze(-1)  # (..., 1)
+    begin = _on_device(elapsed, logits).unsqueeze(-1)  # (..., 1)
     return -torch.expm1(_log_survival(logits, edges, begin + horizons) - _log_survival(logits, edges, begin))
 
 # %% ../nbs/11_survival.ipynb #1a89602b

@@ -6,12 +6,13 @@
 __all__ = ['RunSettings', 'check_run', 'training_settings', 'PretrainSettings', 'pretraining_metrics', 'pretrain_run',
            'FinetuneSettings', 'evaluate_run', 'finetune_run']
 
-# %% ../nbs/17b_runs.ipynb #7e47279b
+# %% ../nbs/17b_runs.ipynb #8ad92b5d
 import copy
 import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from .batches import to_device
 from .bootstrap import Bootstrap
 from .configs import SIZES
+from .databases import is_url
 from .landmarks import draw_landmarks
 from .lora import lora_layers, merge_lora
 from .masked_codes import BEHRTForMLM, token_rates
@@ -84,7 +86,7 @@ def check_run(
     s.track = tuple(s.track)
     training_settings(s)
 
-# %% ../nbs/17b_runs.ipynb #1ec3419a
+# %% ../nbs/17b_runs.ipynb #6fb4c97f
 _SAME = ("epochs", "weight_decay", "schedule", "gradient_accumulation_steps", "patience", "monitor", "evaluate_every", "device", "mixed_precision", "seed", "checkpoint_steps", "checkpoint_minutes")
 
 
@@ -96,9 +98,16 @@ def training_settings(
     return TrainingSettings(patients_per_step=settings.batch_size, **rate, **{name: getattr(settings, name) for name in _SAME})
 
 
+def _name_only(place):
+    "What may be told of a path or an address: its last part. A path can name a person; an address holds user and password, before the host or after the question mark."
+    if not is_url(place): return Path(str(place)).name
+    _, slash, database = re.split("[?#]", str(place).split("://")[-1])[0].rpartition("/")
+    return "" if set(":@") & set(database) or not slash else database
+
+
 def _written_down(settings):
-    "Settings as they are written down. Of paths only the name, since a path can name a person."
-    paths = {name: Path(str(getattr(settings, name))).name.split("?")[0] for name in ("store", "out", "source", "pretrained") if getattr(settings, name, None) is not None}
+    "Settings as they are written down. Of paths and addresses only the name."
+    paths = {name: _name_only(getattr(settings, name)) for name in ("store", "out", "source", "pretrained") if getattr(settings, name, None) is not None}
     return dataclasses.asdict(settings) | paths | {"track": list(settings.track)}
 
 
@@ -164,7 +173,7 @@ class PretrainSettings(RunSettings):
         check_run(self)
         if self.learning_rate is None: self.learning_rate = _usual_rate(self.model_size or "small")
 
-# %% ../nbs/17b_runs.ipynb #35d3a521
+# %% ../nbs/17b_runs.ipynb #079dc115
 def _asked_on_device(model, ask):
     "A score function that sends batches to where the model is."
     device = next(model.parameters()).device
@@ -172,12 +181,12 @@ def _asked_on_device(model, ask):
 
 
 def _named(boot: Bootstrap, names: dict):
-    "Estimates with their intervals under other names; without those that are undefined."
+    "Estimates with their intervals under other names; None where undefined."
     found = {}
     for name, plain in names.items():
         try: low, high = boot.interval(name)
-        except ValueError: continue
-        found[plain] = {"value": float(boot.estimates[name]), "low": low, "high": high}
+        except ValueError: found[plain] = None
+        else: found[plain] = {"value": float(boot.estimates[name]), "low": low, "high": high}
     return found
 
 
@@ -187,7 +196,7 @@ def pretraining_metrics(
     train_rows, # whose frequencies the comparison knows
     validation_rows, # to ask about
     settings: PretrainSettings, # objective, masking, batches
-) -> dict: # name -> {"value", "low", "high"}; empty for contrastive
+) -> dict: # name -> {"value", "low", "high"}, None where undefined; empty for contrastive
     "Codes named among the first ten, by the model and by frequency alone. Undefined where no code is masked or no next visit has codes."
     options, _ = _batching(settings)
     loader = lambda objective: pretraining_loader(store, validation_rows, model.config, objective, settings.masking, settings.seed + 1, **options)
@@ -356,7 +365,7 @@ def _yes_no(settings, task, store, labels, rows, model, marks, risks, ask, optio
     table = confusion_table(answers[known].astype(int), (risks[known] >= threshold).astype(int), ["no event", "event"]) if known.any() else None
     return answer_metrics(answers, risks, threshold, marks.rows, **options), table, threshold
 
-# %% ../nbs/17b_runs.ipynb #469f1b36
+# %% ../nbs/17b_runs.ipynb #123a8a69
 def evaluate_run(
     settings: FinetuneSettings, # resamples, seed, batches
     task: Task, # what was asked
@@ -382,10 +391,11 @@ def evaluate_run(
     figures, notes = _figures(task, marks, at_end, curves, days, confusion)
     n_events = len(np.unique(marks.rows[marks.events]))
     if n_events < MIN_EVENTS: notes.insert(0, f"fewer than {MIN_EVENTS} held-out patients have the event: these data support no conclusion about how good the model is")
+    metrics |= dict.fromkeys(reason.partition(": ")[0] for reason in undefined)  # None: missing is told where the others are
     held_out = {"landmarks": len(marks), "patients": len(np.unique(marks.rows)), "patients_with_event": n_events}
     return metrics, figures, facts | {"held_out": hide_small(held_out), "undefined": undefined, "notes": notes}
 
-# %% ../nbs/17b_runs.ipynb #a53023df
+# %% ../nbs/17b_runs.ipynb #c7d83094
 def _as_saved(model):
     "The model as it goes into its folder: a class whose constructor makes no adapters could not be loaded with some, so there they are merged into the weights."
     if not lora_layers(model) or "use_lora" in model.settings: return model
@@ -421,6 +431,6 @@ def finetune_run(
         facts = {"parameters": parameters, "loaded": loaded, "model_fingerprint": model_fingerprint(saved)} | facts
         model.save_pretrained = saved.save_pretrained  # counted as it was trained, saved as it can be loaded
         summary = tracker.finish(model, store.vocabulary, metrics, figures, facts)
-    for note in facts["notes"]: say(f"  note: {note}")
+    for note in [*facts["notes"], *(f"undefined is {reason}" for reason in facts.get("undefined", []))]: say(f"  note: {note}")
     _tell_metrics(summary, settings, say)
     return summary

@@ -86,7 +86,7 @@ def keep_patients(
     sizes = {"train": num_patients, "validation": max(1, round(len(rows["validation"]) * num_patients / n))}
     return rows | {part: draw_patients(rows[part], size, seed, None if events is None else events[np.sort(rows[part])]) for part, size in sizes.items()}
 
-# %% ../nbs/17ab_tasks.ipynb #719a4169
+# %% ../nbs/17ab_tasks.ipynb #4974ff8f
 def find_source(
     source, # what the user named, or None
     store: SequenceStore, # opened from a folder
@@ -95,7 +95,7 @@ def find_source(
     if source is not None: return source
     name = str(store.meta.get("source") or "")
     places = [Path(name), *([store.path.parent/name] if store.path else [])] if name else []
-    found = next((p for p in places if p.exists()), None)
+    found = next((p for p in places if p.exists() and not (store.path and p.resolve() == store.path.resolve())), None)  # a store may be called as its source
     if found is None: raise FileNotFoundError(f"source: the labels come from the records{f', which were called {Path(name).name!r}' if name else ''}; they are neither beside the store nor here. Name them with --source.")
     return found
 

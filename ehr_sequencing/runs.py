@@ -395,13 +395,20 @@ def evaluate_run(
     held_out = {"landmarks": len(marks), "patients": len(np.unique(marks.rows)), "patients_with_event": n_events}
     return metrics, figures, facts | {"held_out": hide_small(held_out), "undefined": undefined, "notes": notes}
 
-# %% ../nbs/17b_runs.ipynb #c7d83094
+# %% ../nbs/17b_runs.ipynb #10141814
 def _as_saved(model):
     "The model as it goes into its folder: a class whose constructor makes no adapters could not be loaded with some, so there they are merged into the weights."
     if not lora_layers(model) or "use_lora" in model.settings: return model
     merged = copy.deepcopy(model)
     merge_lora(merged, remove=True)
     return merged
+
+
+def _tell_loaded(loaded, say):
+    "What came from the folder; aloud where it knows less than half of the codes."
+    say(f"  {loaded}")
+    known, new = len(loaded.codes_kept or ()), len(loaded.codes_new or ())
+    if known < new: say(f"  note: only {known:,} of {known + new:,} codes are known to the pre-trained model; the others begin at random. Was it trained on records of another coding system?")
 
 
 def finetune_run(
@@ -417,7 +424,7 @@ def finetune_run(
     labels, rows = _labelled(settings, task, store, say)
     torch.manual_seed(settings.seed)
     model = build_model(task, store.vocabulary, settings.model_type, settings.model_size, settings.pretrained, settings.freeze_behrt, settings.use_lora, settings.lora_rank, settings.gradient_checkpointing)
-    if model.loaded is not None: say(f"  {model.loaded}")
+    if model.loaded is not None: _tell_loaded(model.loaded, say)
     elif settings.use_lora or settings.freeze_behrt: say("  note: the encoder is kept as it was drawn, at random. Give a pre-trained one with --pretrained.")
     parameters, (options, max_patients) = _tell_parameters(model, say), _batching(settings)
     loaders = [task.loader(store, labels, rows[part], part == "train", layout=model_layout(model), **({"max_patients": max_patients} if part == "train" else {}), **options) for part in ("train", "validation")]

@@ -210,7 +210,7 @@ def known_answers(
 
 TASKS = {task.name: task for task in (SurvivalTask, ProgressionTask, ClassificationTask)}
 
-# %% ../nbs/17ab_tasks.ipynb #30f6ef66
+# %% ../nbs/17ab_tasks.ipynb #0e366ae5
 def read_stages(
     text: str, # codes and their stages: 'N18.3*=1; N18.4*=2'
 ) -> Stages: # of the disease
@@ -238,6 +238,7 @@ def make_task(
     if name != "progression" and not outcome: raise ValueError("outcome: name one with --outcome, such as --outcome death or --outcome 'SNOMED//44054006'")
     if name != "progression" and stages: raise ValueError(f"stages: are for the task progression, and this is {name}. Leave --stages out.")
     if name == "progression" and outcome: raise ValueError("outcome: a progression is defined by its stages. Leave --outcome out.")
+    if name == "progression" and len(set(read_stages(stages).patterns.values())) < 2: raise ValueError("stages: a progression goes from one stage to the next, so at least two are needed. For the onset of one use --task survival --outcome.")
     return TASKS[name](read_stages(stages) if name == "progression" else Outcome.from_text(outcome), horizons, seed)
 
 # %% ../nbs/17ab_tasks.ipynb #c58c599b

@@ -226,12 +226,13 @@ def predict_run(
     say(f"{settings.out}: {len(marks) * len(horizons):,} risks of {len(np.unique(marks.rows)):,} patients, by the model {notes['model'][:12]}.")
     return notes
 
-# %% ../nbs/17aa_predictions.ipynb #5faad161
+# %% ../nbs/17aa_predictions.ipynb #97b3503c
 def _write(settings, model, marks, times, horizons, options, notes, show_progress):
     "Ask piece by piece and write the file."
     pieces = np.array_split(np.arange(len(marks)), -(-len(marks) // _PIECE))
     progress, writer = Progress(len(pieces), "predicting", show_progress and len(pieces) > 1), None
     with whole_file(settings.out) as partial:
+        partial.touch()  # where nothing can be written, that is told before anything is asked
         try:
             for piece in pieces:
                 risks, extra = answers_at(model, marks.take(piece), horizons, **options)

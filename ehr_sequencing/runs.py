@@ -211,7 +211,7 @@ def pretraining_metrics(
         metrics |= _named(boot, {"model, all, recall": "next_visit_recall_at_10", "frequency, all, recall": "next_visit_recall_at_10_by_frequency"})
     return metrics
 
-# %% ../nbs/17b_runs.ipynb #dbca4d42
+# %% ../nbs/17b_runs.ipynb #24fcb2ff
 def pretrain_run(
     settings: PretrainSettings, # what to do
     say=print, # called with each line of the account
@@ -242,7 +242,8 @@ def pretrain_run(
 
 def _tell_metrics(summary, settings, say):
     "The result in a few lines."
-    for name, m in summary["metrics"].items(): say(f"  {name}: " + ("undefined" if m["value"] is None else f"{m['value']:.3f}" + (f" ({m['low']:.3f} to {m['high']:.3f})" if None not in (m["low"], m["high"]) else "")))
+    reasons = dict(text.split(": ", 1) for text in summary["facts"].get("undefined", []))
+    for name, m in summary["metrics"].items(): say(f"  {name}: " + (f"undefined{': ' * (name in reasons)}{reasons.get(name, '')}" if m["value"] is None else f"{m['value']:.3f}" + (f" ({m['low']:.3f} to {m['high']:.3f})" if None not in (m["low"], m["high"]) else "")))
     say(f"Results are in {settings.out}")
 
 # %% ../nbs/17b_runs.ipynb #dae6a326
@@ -395,7 +396,7 @@ def evaluate_run(
     held_out = {"landmarks": len(marks), "patients": len(np.unique(marks.rows)), "patients_with_event": n_events}
     return metrics, figures, facts | {"held_out": hide_small(held_out), "undefined": undefined, "notes": notes}
 
-# %% ../nbs/17b_runs.ipynb #10141814
+# %% ../nbs/17b_runs.ipynb #1005409a
 def _as_saved(model):
     "The model as it goes into its folder: a class whose constructor makes no adapters could not be loaded with some, so there they are merged into the weights."
     if not lora_layers(model) or "use_lora" in model.settings: return model
@@ -438,6 +439,6 @@ def finetune_run(
         facts = {"parameters": parameters, "loaded": loaded, "model_fingerprint": model_fingerprint(saved)} | facts
         model.save_pretrained = saved.save_pretrained  # counted as it was trained, saved as it can be loaded
         summary = tracker.finish(model, store.vocabulary, metrics, figures, facts)
-    for note in [*facts["notes"], *(f"undefined is {reason}" for reason in facts.get("undefined", []))]: say(f"  note: {note}")
+    for note in facts["notes"]: say(f"  note: {note}")
     _tell_metrics(summary, settings, say)
     return summary

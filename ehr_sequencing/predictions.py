@@ -6,7 +6,7 @@
 __all__ = ['model_fingerprint', 'model_layout', 'answers_at', 'find_model', 'load_model', 'PredictSettings', 'check_free',
            'predict_run']
 
-# %% ../nbs/17aa_predictions.ipynb #2b0116a1
+# %% ../nbs/17aa_predictions.ipynb #1df21c11
 import hashlib
 import json
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from .saved_models import SavedModel, tensor_digest
 from .sequences import load_sequences
 from .survival import SurvivalModel, landmark_outputs
 from .steps import make_accelerator
+from .tracking import is_run
 
 # %% ../nbs/17aa_predictions.ipynb #038921a3
 def model_fingerprint(
@@ -109,7 +110,7 @@ def load_model(
     if model.vocabulary is None: raise ValueError(f"{place}: the model was saved without its vocabulary, so nobody knows for which code each row stands. Save it again: save_pretrained(folder, vocabulary).")
     return model, settings
 
-# %% ../nbs/17aa_predictions.ipynb #6d352613
+# %% ../nbs/17aa_predictions.ipynb #cba92f7c
 @dataclass
 class PredictSettings:
     "What to predict, and where to write it. Raises `ValueError` for settings that make no sense."
@@ -130,6 +131,7 @@ class PredictSettings:
         for name in ("token_budget", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1: raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not str(self.at).strip(): raise ValueError("at: expected a rule, such as last, or a MEDS label file, got nothing")
         if Path(self.out).suffix != ".parquet": raise ValueError(f"out: expected a file that ends in .parquet, got {Path(self.out).name!r}")
         check_free(self.out, self.overwrite)
 
@@ -138,8 +140,9 @@ def check_free(
     path, # file to appear
     overwrite: bool = False, # an existing file may be replaced
 ):
-    "Raise `FileExistsError` if something is there that is not to be replaced."
+    "Raise `FileExistsError` if something is there that is not to be replaced, `ValueError` for a place in the folder of a run, which is made to be passed on."
     path = Path(path)
+    if run := next((p for p in path.resolve().parents if is_run(p)), None): raise ValueError(f"out: {run} is the folder of a run, in which nothing is about single patients. Write the risks elsewhere with --out.")
     if path.is_dir(): raise FileExistsError(f"{path}: is a folder; expected the name of a file. Choose another name with --out.")
     if path.exists() and not overwrite: raise FileExistsError(f"{path}: already exists. Choose another name with --out, or replace it with --overwrite.")
 
@@ -223,12 +226,13 @@ def predict_run(
     say(f"{settings.out}: {len(marks) * len(horizons):,} risks of {len(np.unique(marks.rows)):,} patients, by the model {notes['model'][:12]}.")
     return notes
 
-# %% ../nbs/17aa_predictions.ipynb #5faad161
+# %% ../nbs/17aa_predictions.ipynb #97b3503c
 def _write(settings, model, marks, times, horizons, options, notes, show_progress):
     "Ask piece by piece and write the file."
     pieces = np.array_split(np.arange(len(marks)), -(-len(marks) // _PIECE))
     progress, writer = Progress(len(pieces), "predicting", show_progress and len(pieces) > 1), None
     with whole_file(settings.out) as partial:
+        partial.touch()  # where nothing can be written, that is told before anything is asked
         try:
             for piece in pieces:
                 risks, extra = answers_at(model, marks.take(piece), horizons, **options)

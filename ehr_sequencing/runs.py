@@ -6,12 +6,13 @@
 __all__ = ['RunSettings', 'check_run', 'training_settings', 'PretrainSettings', 'pretraining_metrics', 'pretrain_run',
            'FinetuneSettings', 'evaluate_run', 'finetune_run']
 
-# %% ../nbs/17b_runs.ipynb #ee14c97b
+# %% ../nbs/17b_runs.ipynb #8ad92b5d
 import copy
 import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from .batches import to_device
 from .bootstrap import Bootstrap
 from .configs import SIZES
+from .databases import is_url
 from .landmarks import draw_landmarks
 from .lora import lora_layers, merge_lora
 from .masked_codes import BEHRTForMLM, token_rates
@@ -85,7 +87,7 @@ def check_run(
     s.track = tuple(s.track)
     training_settings(s)
 
-# %% ../nbs/17b_runs.ipynb #1ec3419a
+# %% ../nbs/17b_runs.ipynb #6fb4c97f
 _SAME = ("epochs", "weight_decay", "schedule", "gradient_accumulation_steps", "patience", "monitor", "evaluate_every", "device", "mixed_precision", "seed", "checkpoint_steps", "checkpoint_minutes")
 
 
@@ -97,9 +99,16 @@ def training_settings(
     return TrainingSettings(patients_per_step=settings.batch_size, **rate, **{name: getattr(settings, name) for name in _SAME})
 
 
+def _name_only(place):
+    "What may be told of a path or an address: its last part. A path can name a person; an address holds user and password, before the host or after the question mark."
+    if not is_url(place): return Path(str(place)).name
+    _, slash, database = re.split("[?#]", str(place).split("://")[-1])[0].rpartition("/")
+    return "" if set(":@") & set(database) or not slash else database
+
+
 def _written_down(settings):
-    "Settings as they are written down. Of paths only the name, since a path can name a person."
-    paths = {name: Path(str(getattr(settings, name))).name.split("?")[0] for name in ("store", "out", "source", "pretrained") if getattr(settings, name, None) is not None}
+    "Settings as they are written down. Of paths and addresses only the name."
+    paths = {name: _name_only(getattr(settings, name)) for name in ("store", "out", "source", "pretrained") if getattr(settings, name, None) is not None}
     return dataclasses.asdict(settings) | paths | {"track": list(settings.track)}
 
 
@@ -165,7 +174,7 @@ class PretrainSettings(RunSettings):
         check_run(self)
         if self.learning_rate is None: self.learning_rate = _usual_rate(self.model_size or "small")
 
-# %% ../nbs/17b_runs.ipynb #35d3a521
+# %% ../nbs/17b_runs.ipynb #079dc115
 def _asked_on_device(model, ask):
     "A score function that sends batches to where the model is."
     device = next(model.parameters()).device
@@ -173,12 +182,12 @@ def _asked_on_device(model, ask):
 
 
 def _named(boot: Bootstrap, names: dict):
-    "Estimates with their intervals under other names; without those that are undefined."
+    "Estimates with their intervals under other names; None where undefined."
     found = {}
     for name, plain in names.items():
         try: low, high = boot.interval(name)
-        except ValueError: continue
-        found[plain] = {"value": float(boot.estimates[name]), "low": low, "high": high}
+        except ValueError: found[plain] = None
+        else: found[plain] = {"value": float(boot.estimates[name]), "low": low, "high": high}
     return found
 
 
@@ -188,7 +197,7 @@ def pretraining_metrics(
     train_rows, # whose frequencies the comparison knows
     validation_rows, # to ask about
     settings: PretrainSettings, # objective, masking, batches
-) -> dict: # name -> {"value", "low", "high"}; empty for contrastive
+) -> dict: # name -> {"value", "low", "high"}, None where undefined; empty for contrastive
     "Codes named among the first ten, by the model and by frequency alone. Undefined where no code is masked or no next visit has codes."
     options, _ = _batching(settings)
     loader = lambda objective: pretraining_loader(store, validation_rows, model.config, objective, settings.masking, settings.seed + 1, **options)
@@ -203,7 +212,7 @@ def pretraining_metrics(
         metrics |= _named(boot, {"model, all, recall": "next_visit_recall_at_10", "frequency, all, recall": "next_visit_recall_at_10_by_frequency"})
     return metrics
 
-# %% ../nbs/17b_runs.ipynb #dbca4d42
+# %% ../nbs/17b_runs.ipynb #24fcb2ff
 def pretrain_run(
     settings: PretrainSettings, # what to do
     say=print, # called with each line of the account
@@ -234,7 +243,8 @@ def pretrain_run(
 
 def _tell_metrics(summary, settings, say):
     "The result in a few lines."
-    for name, m in summary["metrics"].items(): say(f"  {name}: " + ("undefined" if m["value"] is None else f"{m['value']:.3f}" + (f" ({m['low']:.3f} to {m['high']:.3f})" if None not in (m["low"], m["high"]) else "")))
+    reasons = dict(text.split(": ", 1) for text in summary["facts"].get("undefined", []))
+    for name, m in summary["metrics"].items(): say(f"  {name}: " + (f"undefined{': ' * (name in reasons)}{reasons.get(name, '')}" if m["value"] is None else f"{m['value']:.3f}" + (f" ({m['low']:.3f} to {m['high']:.3f})" if None not in (m["low"], m["high"]) else "")))
     say(f"Results are in {settings.out}")
 
 # %% ../nbs/17b_runs.ipynb #dae6a326
@@ -357,7 +367,7 @@ def _yes_no(settings, task, store, labels, rows, model, marks, risks, ask, optio
     table = confusion_table(answers[known].astype(int), (risks[known] >= threshold).astype(int), ["no event", "event"]) if known.any() else None
     return answer_metrics(answers, risks, threshold, marks.rows, **options), table, threshold
 
-# %% ../nbs/17b_runs.ipynb #469f1b36
+# %% ../nbs/17b_runs.ipynb #123a8a69
 def evaluate_run(
     settings: FinetuneSettings, # resamples, seed, batches
     task: Task, # what was asked
@@ -383,16 +393,24 @@ def evaluate_run(
     figures, notes = _figures(task, marks, at_end, curves, days, confusion)
     n_events = len(np.unique(marks.rows[marks.events]))
     if n_events < MIN_EVENTS: notes.insert(0, f"fewer than {MIN_EVENTS} held-out patients have the event: these data support no conclusion about how good the model is")
+    metrics |= dict.fromkeys(reason.partition(": ")[0] for reason in undefined)  # None: missing is told where the others are
     held_out = {"landmarks": len(marks), "patients": len(np.unique(marks.rows)), "patients_with_event": n_events}
     return metrics, figures, facts | {"held_out": hide_small(held_out), "undefined": undefined, "notes": notes}
 
-# %% ../nbs/17b_runs.ipynb #a53023df
+# %% ../nbs/17b_runs.ipynb #1005409a
 def _as_saved(model):
     "The model as it goes into its folder: a class whose constructor makes no adapters could not be loaded with some, so there they are merged into the weights."
     if not lora_layers(model) or "use_lora" in model.settings: return model
     merged = copy.deepcopy(model)
     merge_lora(merged, remove=True)
     return merged
+
+
+def _tell_loaded(loaded, say):
+    "What came from the folder; aloud where it knows less than half of the codes."
+    say(f"  {loaded}")
+    known, new = len(loaded.codes_kept or ()), len(loaded.codes_new or ())
+    if known < new: say(f"  note: only {known:,} of {known + new:,} codes are known to the pre-trained model; the others begin at random. Was it trained on records of another coding system?")
 
 
 def finetune_run(
@@ -408,7 +426,7 @@ def finetune_run(
     labels, rows = _labelled(settings, task, store, say)
     torch.manual_seed(settings.seed)
     model = build_model(task, store.vocabulary, settings.model_type, settings.model_size, settings.pretrained, settings.freeze_behrt, settings.use_lora, settings.lora_rank, settings.gradient_checkpointing)
-    if model.loaded is not None: say(f"  {model.loaded}")
+    if model.loaded is not None: _tell_loaded(model.loaded, say)
     elif settings.use_lora or settings.freeze_behrt: say("  note: the encoder is kept as it was drawn, at random. Give a pre-trained one with --pretrained.")
     parameters, (options, max_patients) = _tell_parameters(model, say), _batching(settings)
     loaders = [task.loader(store, labels, rows[part], part == "train", layout=model_layout(model), **({"max_patients": max_patients} if part == "train" else {}), **options) for part in ("train", "validation")]

@@ -8,7 +8,8 @@ __all__ = ['PARTS', 'TASKS', 'MIN_EVENTS', 'MANY', 'split_rows', 'draw_patients'
            'read_stages', 'make_task', 'check_way', 'build_model', 'asked_horizons', 'risk_metrics', 'share_metrics',
            'yes_threshold', 'answer_metrics']
 
-# %% ../nbs/17ab_tasks.ipynb #d7b9c739
+# %% ../nbs/17ab_tasks.ipynb #d12bbd1a
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,7 @@ def keep_patients(
     sizes = {"train": num_patients, "validation": max(1, round(len(rows["validation"]) * num_patients / n))}
     return rows | {part: draw_patients(rows[part], size, seed, None if events is None else events[np.sort(rows[part])]) for part, size in sizes.items()}
 
-# %% ../nbs/17ab_tasks.ipynb #719a4169
+# %% ../nbs/17ab_tasks.ipynb #4974ff8f
 def find_source(
     source, # what the user named, or None
     store: SequenceStore, # opened from a folder
@@ -94,7 +95,7 @@ def find_source(
     if source is not None: return source
     name = str(store.meta.get("source") or "")
     places = [Path(name), *([store.path.parent/name] if store.path else [])] if name else []
-    found = next((p for p in places if p.exists()), None)
+    found = next((p for p in places if p.exists() and not (store.path and p.resolve() == store.path.resolve())), None)  # a store may be called as its source
     if found is None: raise FileNotFoundError(f"source: the labels come from the records{f', which were called {Path(name).name!r}' if name else ''}; they are neither beside the store nor here. Name them with --source.")
     return found
 
@@ -209,14 +210,16 @@ def known_answers(
 
 TASKS = {task.name: task for task in (SurvivalTask, ProgressionTask, ClassificationTask)}
 
-# %% ../nbs/17ab_tasks.ipynb #cf022595
+# %% ../nbs/17ab_tasks.ipynb #0e366ae5
 def read_stages(
     text: str, # codes and their stages: 'N18.3*=1; N18.4*=2'
 ) -> Stages: # of the disease
     "Stages from one line of text. Raises `ValueError` for what is none."
     pairs = [part.rpartition("=") for part in (text or "").split(";") if part.strip()]
     if not pairs or not all(mark and code.strip() and stage.strip().isdecimal() for code, mark, stage in pairs): raise ValueError(f"stages: expected codes and their stages, such as 'N18.3*=1; N18.4*=2', got {text!r}")
-    return Stages({code.strip(): int(stage) for code, _, stage in pairs})
+    codes = [code.strip() for code, _, _ in pairs]
+    if twice := [c for c in codes if codes.count(c) > 1]: raise ValueError(f"stages: {twice[0]} is named twice. Give each code one stage.")
+    return Stages({code: int(stage) for code, (_, _, stage) in zip(codes, pairs)})
 
 
 def make_task(
@@ -228,13 +231,14 @@ def make_task(
 ) -> Task: # ready to label
     "A task from its settings. Raises `ValueError` for an unknown name, and where outcome or stages are missing."
     if name not in TASKS: raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
-    if not 0 < horizon_years < 200: raise ValueError(f"horizon_years: expected a positive number of years, got {horizon_years}")
+    if not 1 / 365 <= horizon_years < 200: raise ValueError(f"horizon_years: expected a positive number of years, at least a day (0.00274), got {horizon_years}")
     last = 365.0 * horizon_years
     horizons = (*[float(d) for d in (30, 90, 180, 365, 730, 1095, 1825) if d < last], last)
     if name == "progression" and not stages: raise ValueError("stages: name the codes of each stage with --stages, such as 'N18.3*=1; N18.4*=2'")
     if name != "progression" and not outcome: raise ValueError("outcome: name one with --outcome, such as --outcome death or --outcome 'SNOMED//44054006'")
     if name != "progression" and stages: raise ValueError(f"stages: are for the task progression, and this is {name}. Leave --stages out.")
     if name == "progression" and outcome: raise ValueError("outcome: a progression is defined by its stages. Leave --outcome out.")
+    if name == "progression" and len(set(read_stages(stages).patterns.values())) < 2: raise ValueError("stages: a progression goes from one stage to the next, so at least two are needed. For the onset of one use --task survival --outcome.")
     return TASKS[name](read_stages(stages) if name == "progression" else Outcome.from_text(outcome), horizons, seed)
 
 # %% ../nbs/17ab_tasks.ipynb #c58c599b
@@ -300,7 +304,7 @@ def _check_loaded(model, model_type, model_size, folder):
         if getattr(preset, name) != getattr(model.config, name): raise ValueError(f"model_size: '{model_size}' has {name} {getattr(preset, name)}, and the model in {Path(folder).name} {getattr(model.config, name)}. Leave --model_size out: the sizes are those of the folder.")
     if model.loaded.codes_kept is not None and not model.loaded.codes_kept: raise ValueError(f"pretrained: none of the {len(model.loaded.codes_new):,} codes of the store is known to the model in {Path(folder).name}. Were they prepared from another coding system, or rolled up otherwise?")
 
-# %% ../nbs/17ab_tasks.ipynb #123e3cc4
+# %% ../nbs/17ab_tasks.ipynb #c5acb454
 MIN_EVENTS = 20 # held-out patients with the event, below which nothing is concluded
 MANY = 50_000 # landmarks from which on calibration, which is fitted anew in each draw, gets no intervals
 _NAMES = {"harrell_c": "c_index", "uno_c": "uno_c", "auc": "auc", "brier": "brier", "scaled_brier": "ipa", "calibration_slope": "calibration_slope", "observed_expected": "observed_expected", "ici": "ici"}
@@ -332,7 +336,7 @@ def risk_metrics(
     called = lambda metric, horizon: _NAMES[metric] + ("" if horizon == horizons[-1] else f"_{horizon:g}_days")
     rows = sorted((r for table in tables for r in table[table["model"] == "model"].itertuples()), key=lambda r: -r.horizon)  # the last horizon first
     metrics = {called(r.metric, r.horizon): {"value": float(r.value), "low": _number(r.low), "high": _number(r.high), "horizon_days": float(r.horizon)} for r in rows}
-    return metrics, [f"{called(o['metric'], o['horizon'])}: {o['reason']}" for table in tables for o in table.attrs["omitted"] if o["model"] == "model"]
+    return metrics, [f"{called(o['metric'], o['horizon'])}: {re.sub(r'^[^:]*: (?=undefined for)', '', o['reason'])}" for table in tables for o in table.attrs["omitted"] if o["model"] == "model"]
 
 # %% ../nbs/17ab_tasks.ipynb #60c58d44
 def share_metrics(

@@ -86,9 +86,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def finetune(world, **changes):
+def finetune(world, say=QUIET["say"], **changes):
     "A small run of fine-tuning; the summary."
-    return finetune_run(FinetuneSettings(**dict(store=world / "store", source=world / "records", outcome=OUTCOME_CODE, pretrained=world / "pretrained", num_patients=40, epochs=2, batch_size=8, max_tokens=32, n_resamples=0, device="cpu") | changes), **QUIET)
+    return finetune_run(FinetuneSettings(**dict(store=world / "store", source=world / "records", outcome=OUTCOME_CODE, pretrained=world / "pretrained", num_patients=40, epochs=2, batch_size=8, max_tokens=32, n_resamples=0, device="cpu") | changes), say=say, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +290,32 @@ def test_no_room_and_no_permission(run, world, tmp_path):
     if os.geteuid():
         (tmp_path / "locked").mkdir(mode=0o500)
         one_line(*run(*options[:7], tmp_path / "locked/run", *options[8:]), "cannot write to")
+
+
+# What is not told
+
+
+def test_the_tree_holds_nothing_of_an_address(world, tmp_path, monkeypatch):
+    "User and password of a database stand in no file and in no line, wherever in the address they are."
+    import ehr_sequencing.runs as runs
+    real, said = runs.read_events, []
+    monkeypatch.setattr(runs, "read_events", lambda source, *more: real(world / "records"))
+    for i, url in enumerate(("postgresql://alice:s3cret@host/cdm", "postgresql://host/cdm?user=alice&password=ab/s3cret", "postgresql://host/cdm?sslcert=/home/alice/s3cret")):
+        runs.finetune_run(runs.FinetuneSettings(world / "store", tmp_path / str(i), outcome=OUTCOME_CODE, source=url, model_type="lstm", epochs=1, num_patients=40, n_resamples=0, max_tokens=32, device="cpu"), said.append, show_progress=False)
+        assert json.loads((tmp_path / str(i) / "hyperparameters.json").read_text())["source"] == "cdm"
+    assert not any("alice" in line or "s3cret" in line for line in said)
+    assert not any(word in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() for word in (b"alice", b"s3cret"))
+
+
+def test_what_is_undefined_is_told(world, tmp_path):
+    "Without held-out events there is no C-index: null in summary.json, named in SUMMARY.txt, and told with the reason."
+    store, said = load_sequences(world / "store"), []
+    store.take(np.concatenate([np.flatnonzero(store.splits < 2), np.flatnonzero(store.splits == 2)[:2]])).save(tmp_path / "store")
+    summary = finetune(world, store=tmp_path / "store", out=tmp_path / "run", epochs=1, n_resamples=20, say=said.append)
+    assert summary["metrics"]["c_index"]["value"] is None and "c_index" in summary["undefined"]
+    assert any(line.startswith("  c_index: undefined: ") for line in said), said
+    assert "undefined" in (tmp_path / "run/SUMMARY.txt").read_text()
+
+
+def test_predictions_stay_out_of_runs(world, tmp_path):
+    with pytest.raises(ValueError, match="in which nothing is about single patients"): PredictSettings(world / "store", world / "pretrained", world / "pretrained/plots/risks.parquet")

@@ -6,10 +6,9 @@
 __all__ = ['RunSettings', 'check_run', 'training_settings', 'PretrainSettings', 'pretraining_metrics', 'pretrain_run',
            'FinetuneSettings', 'evaluate_run', 'finetune_run']
 
-# %% ../nbs/17b_runs.ipynb #8ad92b5d
+# %% ../nbs/17b_runs.ipynb #d0dab7da
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -23,7 +22,6 @@ from .batches import to_device
 from .bootstrap import Bootstrap
 from .configs import SIZES
 from .databases import is_url
-from .landmarks import draw_landmarks
 from .lora import lora_layers, merge_lora
 from .masked_codes import BEHRTForMLM, token_rates
 from .metrics import risk_groups
@@ -121,7 +119,7 @@ def _batching(settings):
     "How batches are filled: at most so many patients that their histories, at full length, take the token budget, and sixteen in any case."
     return {"token_budget": settings.token_budget, "max_tokens": settings.max_tokens, "num_workers": settings.num_workers, "seed": settings.seed}, max(1, min(settings.batch_size, max(16, settings.token_budget // settings.max_tokens)))
 
-# %% ../nbs/17b_runs.ipynb #3ab781b0
+# %% ../nbs/17b_runs.ipynb #9c474999
 def _begin(settings, say):
     "Device and folder, before anything is read: the accelerator, and `say` for the first process."
     accelerator = make_accelerator(settings.device, settings.mixed_precision)
@@ -133,7 +131,7 @@ def _begin(settings, say):
 def _data(store, rows, task, events=None):
     "What the data of a run are: fingerprints and counts."
     counts = {part: {"patients": len(r), "visits": int(store.n_visits[r].sum()), **({} if events is None else {"events": int(events[r].sum())})} for part, r in rows.items()}
-    split = {part: hashlib.sha256(np.sort(r).astype(np.int64).tobytes()).hexdigest()[:16] for part, r in rows.items()}
+    split = {part: store.fingerprint(np.sort(r))[:16] for part, r in rows.items() if len(r)}
     return {"fingerprint": store.fingerprint(), "split": split, "task": task, "source": Path(str(store.meta.get("source") or "")).name, "counts": counts}
 
 
@@ -287,7 +285,7 @@ def _size(settings):
     except (OSError, ValueError, LookupError, TypeError): return "small"  # what is wrong with it is told when it is loaded
     return "small" if width <= 128 else "medium" if width <= 256 else "large"
 
-# %% ../nbs/17b_runs.ipynb #51a71795
+# %% ../nbs/17b_runs.ipynb #74b9b923
 def _labelled(settings, task, store, say):
     "Labels, and the rows of each part that are at risk. Reads the source, checks that the store does not hold the answer."
     table = read_events(find_source(settings.source, store), settings.format, settings.schema, settings.columns)
@@ -311,8 +309,8 @@ class _Asked:
 
 
 def _validation_metric(settings, task, store, labels, rows, say):
-    "The C-index of the validation patients at one landmark each, or None where it is undefined."
-    try: metric = ValidationConcordance(draw_landmarks(labels, store, rows["validation"], settings.seed), task.horizons[-1], token_budget=settings.token_budget, max_tokens=settings.max_tokens)
+    "The C-index of the validation patients at spaced landmarks, as the held-out patients are asked at the end; None where it is undefined."
+    try: metric = ValidationConcordance(task.landmarks(store, labels, rows["validation"]), task.horizons[-1], token_budget=settings.token_budget, max_tokens=settings.max_tokens)
     except ValueError as error:
         if settings.monitor == "c_index": raise ValueError(f"monitor: the C-index of {len(rows['validation']):,} validation patients is undefined ({str(error).rstrip('.')}). Use --monitor validation_loss, or more patients.") from None
         say("  note: the C-index of the validation patients is undefined (too few events), so it is not followed.")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['remove_leftovers', 'whole_file', 'move_into_place', 'whole_folder', 'only_one', 'Progress', 'workers']
 
-# %% ../nbs/00a_jobs.ipynb #557029c6
+# %% ../nbs/00a_jobs.ipynb #abdac374
 import contextlib
 import errno
 import hashlib
 import itertools
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -20,12 +21,13 @@ import sys
 import threading
 import time
 import uuid
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import joblib
 import psutil
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend.reduction import dumps
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
@@ -258,10 +260,11 @@ class Progress:
         "Finish the bar."
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/00a_jobs.ipynb #c6038fbb
-def _leave_interrupts(function, item):
-    "Call `function` in a process that leaves Ctrl-C to the process that it works for."
+# %% ../nbs/00a_jobs.ipynb #599740b2
+def _leave_interrupts(packed):
+    "Call a function in a process that leaves Ctrl-C to the process that it works for; what the function needs is imported only then."
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    function, item = pickle.loads(packed)
     return function(item)
 
 
@@ -305,8 +308,8 @@ def workers(
         if items: progress = Progress(len(items), label, show, lines=4)
         if len(items) <= 1 or (n_jobs == 1 and cluster is None): results = map(function, items)
         else:
-            call = joblib.delayed(partial(_leave_interrupts, function) if cluster is None else function)
-            results = joblib.Parallel(return_as="generator_unordered", max_nbytes=None)(call(item) for item in items)
+            calls = (joblib.delayed(function)(item) for item in items) if cluster else (joblib.delayed(_leave_interrupts)(bytes(dumps((function, item)))) for item in items)
+            results = joblib.Parallel(return_as="generator_unordered", max_nbytes=None)(calls)
         for result in results:
             progress.step()
             yield result

@@ -18,7 +18,7 @@ from .batches import BatchLoader
 from .metrics import COLORS
 from .steps import make_accelerator, make_optimizer, mean_loss, plan_steps, train_step
 
-# %% ../nbs/16aa_learning_rate.ipynb #6e843d32
+# %% ../nbs/16aa_learning_rate.ipynb #c08ec792
 def smooth(
     values, # (n,) losses in the order of steps
     beta: float = 0.9, # weight of what came before, in [0, 1)
@@ -64,11 +64,10 @@ def learning_rate_test(
             if not rows: raise
             break
         if not units: continue  # a step without anything to predict
-        rows.append((float(rate), loss))
-        smoothed = smooth([loss for _, loss in rows])
-        if len(rows) >= 10 and smoothed[-1] > smoothed.min() + max(smoothed[0] - smoothed.min(), 0.05 * abs(smoothed[0])): break
-    frame = pd.DataFrame(rows, columns=["learning_rate", "loss"])
-    return frame.assign(smoothed=smooth(frame["loss"]))
+        rows.append((float(rate), loss, loss - mean_loss(start, group, accelerator.device)))
+        if len(rows) >= 10 and smooth([row[2] for row in rows])[-1] > 0.1 * abs(rows[0][1]): break
+    frame = pd.DataFrame(rows, columns=["learning_rate", "loss", "excess"])
+    return frame.assign(smoothed=smooth(frame["excess"]))
 
 
 def suggest_learning_rate(

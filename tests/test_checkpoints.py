@@ -94,8 +94,8 @@ def spoilers(draw):
     bit = draw(st.integers(0, 7))
     def spoil(data):
         at = int(where * len(data))
-        if kind == "bit": return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1:]
-        middle = {"remove": b"", "zero": bytes(len(data[at:at + size])), "insert": random.Random(size).randbytes(size) + data[at:at + size], "double": 2 * data[at:at + size]}
+        if kind == "bit" and data: return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1:]
+        middle = {"bit": b"", "remove": b"", "zero": bytes(len(data[at:at + size])), "insert": random.Random(size).randbytes(size) + data[at:at + size], "double": 2 * data[at:at + size]}
         return data[:at] if kind == "cut" else random.Random(size).randbytes(size) if kind == "other" else data[:at] + middle[kind] + data[at + size:]
     return spoil
 

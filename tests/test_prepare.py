@@ -186,10 +186,13 @@ def test_two_commands_at_once(meds, reference, tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_by_a_scheduler_or_by_hand(sent, meds, reference, tmp_path):
     "One line, no process left behind, and the next call goes on."
-    begun = subprocess.Popen([COMMAND, meds, tmp_path / "store", "--n_jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while begun.poll() is None and not list((tmp_path / "store.partial" / "records").glob("*.npz")): time.sleep(0.001)
-    os.killpg(begun.pid, sent) if sent == signal.SIGINT else os.kill(begun.pid, sent)
-    _, errors = begun.communicate(timeout=60)  # ends only when no process holds the pipe
+    for attempt in range(3):
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        begun = subprocess.Popen([COMMAND, meds, tmp_path / "store", "--n_jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while begun.poll() is None and not list((tmp_path / "store.partial" / "records").glob("*.npz")): time.sleep(0.001)
+        os.killpg(begun.pid, sent) if sent == signal.SIGINT else os.kill(begun.pid, sent)
+        _, errors = begun.communicate(timeout=60)  # ends only when no process holds the pipe
+        if begun.returncode: break  # on a busy machine it may be done before the signal comes
     assert begun.returncode == 130 and "interrupted; the same command goes on where it was" in errors and "Traceback" not in errors, errors
     assert list((tmp_path / "store.partial" / "records").glob("*.npz"))
     assert_same(prepare_store(PrepareConfig(meds, tmp_path / "store", n_jobs=1), say=quiet), reference)

@@ -37,7 +37,7 @@ def _endless(loader, patients_per_step):
         loader.set_epoch(epoch)
         for step in plan_steps(loader.plan(), patients_per_step): yield list(loader.batches(step))
 
-
+# %% ../nbs/16aa_learning_rate.ipynb #f45f8244
 def learning_rate_test(
     model: nn.Module, # with `forward(batch)` and `loss(outputs, batch)`; it is left as it is
     train: BatchLoader, # batches with labels

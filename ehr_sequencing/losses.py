@@ -149,7 +149,7 @@ def survival_nll(
     if not patients: raise NobodyAtRisk("at_risk: no visit of any patient counts; there is nothing to average")
     return (nll * weights.to(nll.dtype)).masked_fill(~counts, 0).sum() / patients
 
-
+# %% ../nbs/09_losses.ipynb #ef4930d0
 def horizon_loss(
     logits: Tensor, # (B, V, K) hazard logits of the K calendar bins that follow each visit
     horizon_bins: Tensor, # (B, V) int64: bin of the event, or bins survived

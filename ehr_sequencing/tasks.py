@@ -270,7 +270,7 @@ def _changes(task, model_type, gradient_checkpointing):
     if gradient_checkpointing and model_type == "lstm": raise ValueError("gradient_checkpointing: an LSTM has no blocks to compute again. Leave it out, or lower token_budget.")
     return changes | ({"gradient_checkpointing": True} if gradient_checkpointing else {})
 
-
+# %% ../nbs/17ab_tasks.ipynb #6b576661
 def build_model(
     task: Task, # what is asked
     vocabulary: Vocabulary, # of the store

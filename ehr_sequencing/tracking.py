@@ -325,7 +325,7 @@ def _writable(folder):
     try: yield
     except OSError as error: raise type(error)(error.errno, f"out: cannot write to {folder} ({error.strerror}). Choose another folder with --out.") from None
 
-
+# %% ../nbs/17_tracking.ipynb #68737839
 class RunFolder:
     "The folder of a run: who may write there, since when, in how many sessions."
     def __init__(self, folder, name, overwrite, resume):
@@ -490,7 +490,7 @@ def _describe_model(model):
     total, trainable = count_parameters(model)[:2] if isinstance(model, nn.Module) else (getattr(model, "n_parameters", None),) * 2
     return {"class": None if model is None else type(model).__name__, "parameters": total, "trainable_parameters": trainable}
 
-
+# %% ../nbs/17_tracking.ipynb #75d91146
 class RunEnd(_Callback):
     "How a run ends."
     def _summary(self, model, metrics, facts):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_EVENTS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'Arm', 'fit_network', 'fit_cox', 'ask_oracle', 'fit_arms',
-           'results_table', 'compare_arms', 'conclusion', 'to_markdown', 'readable_table', 'plot_survival',
-           'write_results', 'run_benchmark']
+           'results_table', 'compare_arms', 'conclusion', 'readable_table', 'plot_survival', 'write_results',
+           'run_benchmark']
 
 # %% ../nbs/18_benchmark.ipynb #506de52d
 import dataclasses
@@ -29,9 +29,10 @@ from .landmarks import draw_landmarks, spaced_landmarks
 from .lstm import LSTMConfig, SurvivalLSTM
 from .metrics import concordance_index, plot_risk_groups
 from .oracle import oracle_risk
-from .outcomes import Outcome, VisitLabels, feature_exclusions, label_visits
+from .outcomes import Outcome, VisitLabels, feature_exclusions, horizons_up_to, label_visits
 from .provenance import collect_provenance
 from .readers import read_events
+from .run_tables import markdown_table
 from .sequences import SequenceStore, build_store
 from .splits import split_patients
 from .survival import BEHRTForSurvival, SurvivalModel
@@ -76,8 +77,7 @@ class BenchmarkConfig:
     @property
     def horizons(self) -> tuple: # increasing days, ending with the horizon
         "Ends of the calendar bins."
-        last = 365.0 * self.horizon_years
-        return (*[float(d) for d in (30, 90, 180, 365, 730, 1095, 1825) if d < last], last)
+        return horizons_up_to(365.0 * self.horizon_years)
 
     @property
     def folder(self) -> Path: # where results go
@@ -271,14 +271,6 @@ def conclusion(
     return " ".join([basis, *said])
 
 # %% ../nbs/18_benchmark.ipynb #31300084
-def to_markdown(
-    frame: pd.DataFrame, # table
-) -> str: # Markdown
-    "A small table as Markdown."
-    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *[["" if pd.isna(v) else str(v) for v in row] for row in frame.itertuples(index=False)]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def readable_table(
     table: pd.DataFrame, # from `results_table`
 ) -> pd.DataFrame: # text
@@ -310,10 +302,10 @@ def plot_survival(
 # %% ../nbs/18_benchmark.ipynb #75fd26f9
 def _report(config, cohort, table, comparisons):
     "The Markdown page of a run."
-    parts = [f"# {cohort.table.name_of(config.outcome)}: who, within {config.horizon_years:g} years?", conclusion(cohort, comparisons, config), to_markdown(readable_table(table)),
+    parts = [f"# {cohort.table.name_of(config.outcome)}: who, within {config.horizon_years:g} years?", conclusion(cohort, comparisons, config), markdown_table(readable_table(table)),
              "C is Harrell's concordance index on the test patients, one landmark each, follow-up cut at the horizon; 0.5 is chance. Intervals are 95 % bootstrap intervals over patients.",
-             "## Differences", to_markdown(comparisons.round(4)), "## Patients", to_markdown(cohort.labels.flow.reset_index()),
-             "## Source", to_markdown(cohort.summary.reset_index(names="quantity"))]
+             "## Differences", markdown_table(comparisons.round(4)), "## Patients", markdown_table(cohort.labels.flow.reset_index()),
+             "## Source", markdown_table(cohort.summary.reset_index(names="quantity"))]
     if cohort.table.notes: parts.append("\n".join(f"- {note}" for note in cohort.table.notes))
     return "\n\n".join(parts) + "\n"
 

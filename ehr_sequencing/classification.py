@@ -159,7 +159,7 @@ def _check_classes(n_labels, problem):
 # %% ../nbs/07b_classification.ipynb #8276956f
 class BEHRTForSequenceClassification(SavedModel):
     "BEHRT encoder, pooling, one linear layer. Give it histories that end at the landmark; `ClassLabels` sees to it."
-    config_class, encoder, question = BEHRTConfig, "behrt", ("n_labels", "problem")
+    config_class, encoder, question, layout = BEHRTConfig, "behrt", ("n_labels", "problem"), "flat" # of the tensors that it reads; one of `batches.LAYOUTS`
 
     def __init__(self,
         config: BEHRTConfig, # of the encoder

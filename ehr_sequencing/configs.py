@@ -19,7 +19,7 @@ import torch
 
 from .behrt import BEHRTConfig
 from .lstm import LSTMConfig, SurvivalLSTM
-from .outcomes import check_horizons
+from .outcomes import HORIZONS, check_horizons
 from .survival import BEHRTForSurvival, SurvivalModel
 from .transformers import HierarchicalConfig, SurvivalTransformer
 
@@ -129,7 +129,7 @@ class EHRModelConfig:
     size: str = "small" # one of `SIZES`: the preset of the model's own configuration
     model_type: str = "transformer" # one of `MODEL_TYPES`
     vocab_size: int = 5000 # number of tokens, those of your vocabulary
-    horizons: tuple | None = (30, 90, 180, 365, 730, 1095, 1825) # increasing days: ends of the calendar bins; None for visit hazards
+    horizons: tuple | None = HORIZONS # increasing days: ends of the calendar bins; None for visit hazards
     batch_size: int = 32 # patients a batch
     gradient_accumulation_steps: int = 1 # batches a step
     learning_rate: float = 2e-3 # highest

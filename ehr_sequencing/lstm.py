@@ -108,7 +108,7 @@ class LSTMBaseline(SavedModel):
     """LSTM encoder, one linear layer: an answer a patient from the final state, or one at each visit.
 
     Refuses an encoder that reads both ways for answers at visits unless told that it leaks. Raises `ValueError` for an unknown `level` or `problem`, and for labels and weights that do not fit. Batches as for `LSTMEncoder`."""
-    config_class, encoder, question = LSTMConfig, "lstm_encoder", ("n_labels", "problem", "level")
+    config_class, encoder, question, layout = LSTMConfig, "lstm_encoder", ("n_labels", "problem", "level"), "hierarchical" # of the tensors that it reads; one of `batches.LAYOUTS`
 
     def __init__(self,
         config: LSTMConfig, # sizes

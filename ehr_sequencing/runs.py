@@ -26,7 +26,7 @@ from .lora import lora_layers, merge_lora
 from .masked_codes import BEHRTForMLM, token_rates
 from .metrics import risk_groups
 from .next_visit import most_frequent, next_visit_rates
-from .predictions import answers_at, find_model, model_fingerprint, model_layout
+from .predictions import answers_at, find_model, model_fingerprint
 from .pretraining import OBJECTIVES, compare_masked, compare_next_visit, pretraining_loader, pretraining_parts, recommended_config, unigram
 from .readers import read_events
 from .run_figures import SMALL, confusion_table, hide_small, plot_run_calibration, plot_run_confusion, plot_run_survival, run_survival
@@ -427,7 +427,7 @@ def finetune_run(
     if model.loaded is not None: _tell_loaded(model.loaded, say)
     elif settings.use_lora or settings.freeze_behrt: say("  note: the encoder is kept as it was drawn, at random. Give a pre-trained one with --pretrained.")
     parameters, (options, max_patients) = _tell_parameters(model, say), _batching(settings)
-    loaders = [task.loader(store, labels, rows[part], part == "train", layout=model_layout(model), **({"max_patients": max_patients} if part == "train" else {}), **options) for part in ("train", "validation")]
+    loaders = [task.loader(store, labels, rows[part], part == "train", layout=model.layout, **({"max_patients": max_patients} if part == "train" else {}), **options) for part in ("train", "validation")]
     metric = _validation_metric(settings, task, store, labels, rows, say)
     with _tracker(settings) as tracker:
         loaded = None if model.loaded is None else repr(model.loaded)

@@ -94,10 +94,11 @@ def plan_steps(
     patients_per_step: int, # to gather at least
 ) -> list: # of lists of planned batches
     "Gather planned batches until a step has its patients; what is left at the end joins the last step."
-    steps, current = [], []
+    steps, current, n = [], [], 0
     for planned in plan:
         current.append(planned)
-        if n_patients(current) >= patients_per_step: steps.append(current); current = []
+        n += n_patients([planned])
+        if n >= patients_per_step: steps.append(current); current, n = [], 0
     if current and steps: steps[-1] = steps[-1] + current
     return steps or [current]
 

@@ -27,7 +27,7 @@ from .horizons import labelled_batches, within_horizons
 from .landmarks import Landmarks, spaced_landmarks
 from .lora import apply_lora_to_behrt
 from .lstm import LSTMBaseline, LSTMProgressionModel, SurvivalLSTM
-from .outcomes import Outcome, feature_exclusions, label_visits
+from .outcomes import Outcome, feature_exclusions, horizons_up_to, label_visits
 from .predictions import find_model
 from .progression import BEHRTForProgression, Stages, attach_progression, label_progression
 from .saved_models import SavedModel
@@ -232,14 +232,12 @@ def make_task(
     "A task from its settings. Raises `ValueError` for an unknown name, and where outcome or stages are missing."
     if name not in TASKS: raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     if not 1 / 365 <= horizon_years < 200: raise ValueError(f"horizon_years: expected a positive number of years, at least a day (0.00274), got {horizon_years}")
-    last = 365.0 * horizon_years
-    horizons = (*[float(d) for d in (30, 90, 180, 365, 730, 1095, 1825) if d < last], last)
     if name == "progression" and not stages: raise ValueError("stages: name the codes of each stage with --stages, such as 'N18.3*=1; N18.4*=2'")
     if name != "progression" and not outcome: raise ValueError("outcome: name one with --outcome, such as --outcome death or --outcome 'SNOMED//44054006'")
     if name != "progression" and stages: raise ValueError(f"stages: are for the task progression, and this is {name}. Leave --stages out.")
     if name == "progression" and outcome: raise ValueError("outcome: a progression is defined by its stages. Leave --outcome out.")
     if name == "progression" and len(set(read_stages(stages).patterns.values())) < 2: raise ValueError("stages: a progression goes from one stage to the next, so at least two are needed. For the onset of one use --task survival --outcome.")
-    return TASKS[name](read_stages(stages) if name == "progression" else Outcome.from_text(outcome), horizons, seed)
+    return TASKS[name](read_stages(stages) if name == "progression" else Outcome.from_text(outcome), horizons_up_to(365.0 * horizon_years), seed)
 
 # %% ../nbs/17ab_tasks.ipynb #c58c599b
 def check_way(

@@ -34,7 +34,7 @@ from .behrt import count_parameters
 from .jobs import only_one, whole_file
 from .provenance import collect_provenance
 from .run_figures import SMALL, curve_names, hide_small, plot_run_history
-from .training import higher_is_better
+from .training import MAY_CHANGE, higher_is_better
 
 # %% ../nbs/17_tracking.ipynb #9a684a58
 _ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://.*[@/\\]")
@@ -237,7 +237,7 @@ def _first_process():
     return int(os.environ.get("RANK", "0")) == 0
 
 
-MAY_DIFFER = ("device", "mixed_precision", "resume", "overwrite", "out", "show_progress", "checkpoint_steps", "checkpoint_minutes", "price_per_hour", "currency", "track", "num_workers") # settings that may change when a run goes on
+MAY_DIFFER = (*MAY_CHANGE, "resume", "overwrite", "out", "show_progress", "price_per_hour", "currency", "track", "num_workers") # settings that may change when a run goes on
 
 
 def _flat(value, name=""):

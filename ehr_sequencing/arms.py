@@ -173,7 +173,7 @@ class _SameForAll:
 
     def predict_risk(self, landmarks, horizons): return np.tile(-np.expm1(-self.rate * np.asarray(horizons, dtype=float)), (len(landmarks), 1))
 
-# %% ../nbs/17ca_arms.ipynb #09571af6
+# %% ../nbs/17ca_arms.ipynb #8c193555
 def _comparable(landmarks):
     "Whether the concordance of these landmarks is defined."
     try: concordance_index(landmarks.durations, landmarks.events, np.zeros(len(landmarks)))
@@ -197,7 +197,7 @@ def fit_baseline(
     usable = _comparable(stop)
     model = make(task, settings if usable else settings[:1]).fit(train, stop if usable else train)
     said = words.format(*(model.setting if isinstance(model.setting, (list, tuple)) else (model.setting,)))
-    return Fitted(model, model.n_parameters, model.n_parameters, said if usable or len(settings) == 1 else f"{said} (the default, since {_NO_PAIR})", chosen=model.setting)
+    return Fitted(model, model.n_parameters, model.n_parameters - model.features.n_parameters, said if usable or len(settings) == 1 else f"{said} (the default, since {_NO_PAIR})", chosen=model.setting)
 
 
 def _bins(task): return bins_with_events(task.fit_landmarks.durations, task.fit_landmarks.events, yearly_bins(task.horizon))

@@ -100,7 +100,7 @@ class LabelsAtVisits(ClassLabels):
         labels[(self.places[found] != places) | ~batch["sequence_mask"].numpy()] = MISSING if labels.dtype == np.int64 else np.nan
         return batch | {"labels": torch.from_numpy(labels)}
 
-# %% ../nbs/12_lstm.ipynb #b2c7a25b
+# %% ../nbs/12_lstm.ipynb #03007259
 LEVELS = ("patient", "visit")
 
 
@@ -146,6 +146,11 @@ class LSTMBaseline(SavedModel):
             outputs, labels = outputs[real], labels[real]  # (visits,) or (visits, n_labels)
         return classification_loss(outputs, labels, self.problem, self.class_weights)
 
+    @property
+    def causal(self) -> bool: # an answer depends on no later visit
+        "Whether it answers at visits and reads forward only."
+        return self.level == "visit" and not self.lstm_encoder.config.bidirectional
+
     @torch.no_grad()
     def predict_probabilities(self, batch: dict) -> Tensor: # shape of the logits
         "Probabilities in evaluation mode, with the weights of the classes divided out."
@@ -153,7 +158,7 @@ class LSTMBaseline(SavedModel):
         one_by_one = logits.flatten(0, 1) if self.level == "visit" else logits
         return class_probabilities(one_by_one, self.problem, self.class_weights).view(logits.shape)
 
-# %% ../nbs/12_lstm.ipynb #7ccce0d4
+# %% ../nbs/12_lstm.ipynb #e517c04a
 class SurvivalLSTM(SurvivalModel):
     "LSTM encoder, hazard head. Refuses an encoder that reads both ways unless told that it leaks. Batches as for `LSTMEncoder`."
     config_class, encoder, layout = LSTMConfig, "lstm_encoder", "hierarchical"
@@ -172,7 +177,12 @@ class SurvivalLSTM(SurvivalModel):
         "The state after each visit."
         return self.lstm_encoder(batch)
 
-# %% ../nbs/12_lstm.ipynb #bb042ed5
+    @property
+    def causal(self) -> bool: # no state has read a later visit
+        "Whether the LSTM reads forward only."
+        return not self.lstm_encoder.config.bidirectional
+
+# %% ../nbs/12_lstm.ipynb #973f2c39
 class LSTMProgressionModel(ProgressionModel):
     "LSTM encoder, heads for the stage to come and the wait for it. Refuses an encoder that reads both ways unless told that it leaks. Batches as for `LSTMEncoder`."
     config_class, encoder, layout = LSTMConfig, "lstm_encoder", "hierarchical"
@@ -193,3 +203,8 @@ class LSTMProgressionModel(ProgressionModel):
     def encode_visits(self, batch: dict) -> Tensor: # (B, V, hidden_size)
         "The state after each visit."
         return self.lstm_encoder(batch)
+
+    @property
+    def causal(self) -> bool: # no state has read a later visit
+        "Whether the LSTM reads forward only."
+        return not self.lstm_encoder.config.bidirectional

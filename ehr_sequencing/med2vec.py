@@ -192,7 +192,7 @@ def history_vectors(
     recent = weights @ visits / weights.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.cat([visits, recent, visits.cumsum(1).log1p()], -1)
 
-# %% ../nbs/14b_med2vec.ipynb #890694c7
+# %% ../nbs/14b_med2vec.ipynb #1e02abc8
 def _history(model, half_life):
     "A function batch -> (B, V, 3 n) history vectors."
     def encode(batch): return history_vectors(model.encode_visits(batch), torch.expm1(batch["time_features"][..., 1]), batch["sequence_mask"], half_life)
@@ -219,7 +219,7 @@ class Med2VecFeatures:
     def _vectors(self, landmarks):
         "History vectors, (n, 3 visit_size)."
         with torch.no_grad(), evaluating(self.model):
-            return landmark_outputs(_history(self.model, self.half_life), landmarks, next(self.model.parameters()).device, "hierarchical", max_tokens=self.max_tokens).double().numpy()
+            return landmark_outputs(_history(self.model, self.half_life), landmarks, next(self.model.parameters()).device, "hierarchical", max_tokens=self.max_tokens, causal=True).double().numpy()
 
     def fit(self,
         train: Landmarks, # whose patients are trained on

@@ -41,7 +41,7 @@ def model_fingerprint(
     vocabulary = None if model.vocabulary is None else json.loads(model.vocabulary.to_json())
     return hashlib.sha256(json.dumps([type(model).__name__, model.settings, vocabulary, weights], sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/17aa_predictions.ipynb #9f1cb0ae
+# %% ../nbs/17aa_predictions.ipynb #23d5e048
 def _check_kind(model):
     "Raise `TypeError` for a model that predicts no risk."
     if not isinstance(model, (SurvivalModel, BEHRTForSequenceClassification, LSTMBaseline)): raise TypeError(f"model: a {type(model).__name__} predicts no risk. Give one that was fine-tuned for survival, progression or classification: ehrseq_finetune.")
@@ -52,7 +52,7 @@ def _probabilities(model, landmarks, **options):
     def ask(batch):
         said = model.predict_probabilities(batch)  # (B,), (B, classes), or at each visit (B, V) and so on
         return said if getattr(model, "level", "patient") == "visit" else said.unsqueeze(1).expand(-1, batch["sequence_mask"].shape[1], *said.shape[1:])
-    return landmark_outputs(ask, landmarks, next(model.parameters()).device, model.layout, vocabulary=model.vocabulary, **options).double().numpy()
+    return landmark_outputs(ask, landmarks, next(model.parameters()).device, model.layout, vocabulary=model.vocabulary, causal=getattr(model, "causal", False), **options).double().numpy()
 
 
 def _stages(model, landmarks, **options):

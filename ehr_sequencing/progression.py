@@ -200,7 +200,7 @@ def progression_loss(
     stage = (values * weights[known].to(values.dtype)).sum() / n
     return ProgressionLoss(progression + stage_weight * stage, progression, stage, n)
 
-# %% ../nbs/11b_progression.ipynb #9968813c
+# %% ../nbs/11b_progression.ipynb #9f8440c1
 class ProgressionModel(SurvivalModel):
     "Base of the models of stages. A subclass builds its encoder, calls `make_heads`, and defines `encode_visits(batch) -> (B, V, d)`. Raises `ValueError` for sizes that make no sense."
     question = ("n_stages", "horizons", "stage_horizon")
@@ -259,10 +259,10 @@ class ProgressionModel(SurvivalModel):
             if not isinstance(landmark, Landmarks): return self(landmark).stage_logits.softmax(-1)
             late = int((np.asarray(landmark.elapsed) > 0).sum())
             if late: raise ValueError(f"landmark: {late} of {len(landmark)} moments lie after the day of their visit, and the model speaks of {self.stage_horizon:g} days after the visit. Ask at visits, as with at_each_visit.")
-            logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary)
+            logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary, self.causal)
         return logits.double().softmax(-1).numpy()
 
-# %% ../nbs/11b_progression.ipynb #8f1933e4
+# %% ../nbs/11b_progression.ipynb #bbbe83a0
 class BEHRTForProgression(ProgressionModel):
     "BEHRT encoder, mean over each visit's tokens, heads for the stage to come and the wait for it. Refuses bidirectional attention unless told that it leaks."
     config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
@@ -279,6 +279,11 @@ class BEHRTForProgression(ProgressionModel):
         super().__init__(config, n_stages, horizons, stage_horizon, stage_weight, allow_future_leakage=allow_future_leakage)
         self.behrt = BEHRT(config)
         self.make_heads(config.hidden_size, config.dropout)
+
+    @property
+    def causal(self) -> bool: # no token sees a later visit
+        "Whether attention looks back only."
+        return self.behrt.config.attention == "visit_causal"
 
     def encode_visits(self, batch: dict) -> Tensor: # (B, V, hidden_size)
         "The mean of each visit's tokens."

@@ -7,7 +7,7 @@ __all__ = ['survival_from_logits', 'risk_within', 'check_labels', 'row_weights',
            'check_direction', 'SurvivalModel', 'HazardHead', 'yearly_bins', 'BEHRTForSurvival', 'survival_curves',
            'plot_survival_curves']
 
-# %% ../nbs/11_survival.ipynb #1fb16851
+# %% ../nbs/11_survival.ipynb #a6bc0d32
 import warnings
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .aggregation import VisitPooling, at_least_float32, check_visits
-from .batches import BatchLoader, to_device
+from .batches import BatchLoader, to_device, windows
 from .behrt import BEHRT, BEHRTConfig
 from .landmarks import Landmarks, check_vocabulary
 from .lora import apply_lora_to_behrt
@@ -94,28 +94,41 @@ def survival_loss(
     if "horizons" in batch and batch["horizons"].shape[1] != logits.shape[2]: raise ValueError(f"horizons: the labels of the batch are for {batch['horizons'].shape[1]}, the logits for {logits.shape[2]}. Label the visits with the model's horizons.")
     return horizon_loss(logits, batch["horizon_bins"], batch["horizon_events"], batch["at_risk"], row_weights(batch), batch["horizon_shares"])
 
-# %% ../nbs/11_survival.ipynb #4bb4cd38
+# %% ../nbs/11_survival.ipynb #ed1aad3b
+def _asked_visits(landmarks, causal, max_tokens):
+    "The visits asked about and where their windows begin, both numbered among all visits of the store, (m,) each; position among them of each landmark, (n,); and of those at which a row of a batch ends."
+    store = landmarks.store
+    first = windows(store, landmarks.rows, landmarks.visits, max_tokens)[0]  # (n,)
+    asked, one, place = np.unique(store.first_visit[landmarks.rows] + landmarks.visits, return_index=True, return_inverse=True)  # two moments may have one last visit
+    first = first[one]
+    ends = np.flatnonzero(np.diff(first, append=-1)) if causal else np.arange(len(asked))  # the last visit of each window, or every one
+    return asked, first, place.reshape(-1), ends, np.asarray(landmarks.rows)[one]
+
+
 @torch.no_grad()
 def landmark_outputs(
-    model, # callable: batch -> (B, V, ...) outputs, of which that of the last visit is wanted
+    model, # callable: batch -> (B, V, ...) outputs
     landmarks: Landmarks, # n moments
     device="cpu", # where the model is
     layout: str = "both", # tensors that the model reads; one of `batches.LAYOUTS`
     token_budget: int = 8192, # size of the batches
     max_tokens: int = 512, # tokens of each history that are read, the last ones
     vocabulary=None, # of the model, if it is known; must be that of the landmarks' store
+    causal: bool = False, # outputs at a visit depend on no later one, so that one pass answers for several visits of a patient
 ) -> Tensor: # (n, ...) on the CPU
     "What a model says at each landmark, from the history that ends there. Raises `ValueError` for landmarks without a moment, or of a store with another vocabulary."
     if vocabulary is not None: check_vocabulary(landmarks, vocabulary)
     if not len(landmarks): raise ValueError("landmarks: expected at least one moment, got none")
-    (rows, visits), place = np.unique(np.stack([landmarks.rows, landmarks.visits]), axis=1, return_inverse=True)  # two moments may have one last visit
+    store, (asked, first, place, ends, rows) = landmarks.store, _asked_visits(landmarks, causal, max_tokens)
     order, said = [], []
-    for batch in BatchLoader(landmarks.store, rows, visits, token_budget, max_tokens, layout=layout):
-        last = batch["sequence_mask"].sum(1) - 1  # (B,)
-        said.append(model(to_device(batch, device))[torch.arange(len(last)), last].cpu())
-        order.append(torch.stack([batch["rows"], batch["first_visits"] + last]))
-    by_row_and_visit = np.lexsort(torch.cat(order, 1).numpy()[::-1])  # the order of `rows` and `visits`
-    return torch.cat(said)[by_row_and_visit[place.reshape(-1)]]
+    for batch in BatchLoader(store, rows[ends], asked[ends] - store.first_visit[rows[ends]], token_budget, max_tokens, layout=layout):
+        begin = store.first_visit[batch["rows"].numpy()] + batch["first_visits"].numpy()  # (B,) first visit of the window, among all
+        last = np.searchsorted(asked, begin + batch["sequence_mask"].sum(1).numpy() - 1)  # (B,) position of the last visit
+        n = last - np.searchsorted(first, begin) + 1 if causal else np.ones_like(last)  # (B,) visits asked about
+        of = np.repeat(np.arange(len(n)), n)  # (m,) row of each
+        order.append(np.arange(len(of)) - np.repeat(n.cumsum() - 1 - last, n))  # (m,) position of each: the last n of them
+        said.append(model(to_device(batch, device))[torch.from_numpy(of), torch.from_numpy(asked[order[-1]] - begin[of])].cpu())
+    return torch.cat(said)[np.argsort(np.concatenate(order))[place]]
 
 
 def _chosen_visits(sequence_mask, visits):
@@ -139,10 +152,11 @@ def check_direction(
     if not allow_future_leakage: raise ValueError(f"{message}, or pass allow_future_leakage=True to study the leak.")
     warnings.warn(f"This model leaks the future: {message}.", stacklevel=3)
 
-# %% ../nbs/11_survival.ipynb #f46a51ac
+# %% ../nbs/11_survival.ipynb #00c922f3
 class SurvivalModel(SavedModel):
     "Base of the models that emit hazards at every visit; a subclass has `encode_visits(batch)` and `head`. Raises `ValueError` for horizons that are no increasing positive days."
     question, layout = ("horizons",), "both" # of the tensors that `encode_visits` reads; one of `batches.LAYOUTS`
+    causal = False # what it says at a visit depends on no later one, so that one pass answers for several landmarks
 
     def __init__(self,
         config, # sizes, of the subclass's `config_class`
@@ -152,6 +166,11 @@ class SurvivalModel(SavedModel):
         horizons = None if horizons is None else check_horizons(horizons)
         super().__init__(config, horizons=horizons, **settings)
         self.horizons = horizons
+
+    def __init_subclass__(cls, **options):
+        "A class with an `encode_visits` or `forward` of its own has to say itself that it is causal; it inherits no promise about another one."
+        super().__init_subclass__(**options)
+        if {"encode_visits", "forward"} & vars(cls).keys() and "causal" not in vars(cls): cls.causal = False
 
     def encode_visits(self, batch: dict) -> Tensor: # (B, V, d), of visit t a function of visits 0..t
         "One vector a visit. For the subclass to write."
@@ -196,7 +215,7 @@ class SurvivalModel(SavedModel):
         if self.horizons is None: raise ValueError("predict_risk: this model has hazards per visit and no calendar; build it with `horizons`")
         horizons = self.horizons if horizons is None else horizons
         if isinstance(landmark, Landmarks):
-            logits = landmark_outputs(lambda batch: self._logits(batch), landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary)
+            logits = landmark_outputs(lambda batch: self._logits(batch), landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary, self.causal)
             return risk_within(logits.double(), self.horizons, horizons, landmark.elapsed).numpy()
         at, logits = _chosen_visits(landmark["sequence_mask"], visits), self._logits(landmark)
         return risk_within(logits[torch.arange(len(logits), device=logits.device), at], self.horizons, horizons)  # (B, H)
@@ -233,7 +252,7 @@ def _chosen_bins(horizons, n_bins):
     if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1: raise ValueError(f"n_bins: expected a positive integer, got {n_bins!r}")
     return yearly_bins(365 * n_bins)
 
-# %% ../nbs/11_survival.ipynb #c4283115
+# %% ../nbs/11_survival.ipynb #cf084ffe
 class BEHRTForSurvival(SurvivalModel):
     "BEHRT encoder, pooling of each visit's tokens, hazard head; trained in full, with adapters, or the head alone. Refuses bidirectional attention unless told that it leaks."
     config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
@@ -254,6 +273,11 @@ class BEHRTForSurvival(SurvivalModel):
         self.head = HazardHead(config.hidden_size, 1 if self.horizons is None else len(self.horizons), config.dropout)
         if use_lora: apply_lora_to_behrt(self, lora_rank, train_embeddings=not freeze_behrt)
         elif freeze_behrt: self.behrt.requires_grad_(False)
+
+    @property
+    def causal(self) -> bool: # no token sees a later visit
+        "Whether attention looks back only."
+        return self.behrt.config.attention == "visit_causal"
 
     @property
     def frozen(self) -> bool: # no weight of the encoder is trained

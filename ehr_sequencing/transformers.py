@@ -116,7 +116,7 @@ class HierarchicalEncoder(SavedModel):
         x = _run(self.visit_blocks, self.dropout(self.visit_norm(x)), attend, self.config.gradient_checkpointing and self.training)
         return grid.put(self.norm(x))
 
-# %% ../nbs/13_transformers.ipynb #f6ed5123
+# %% ../nbs/13_transformers.ipynb #a05e8435
 class SurvivalTransformer(SurvivalModel):
     "A hierarchical transformer with a hazard head at every visit. Refuses bidirectional attention across visits unless told that it leaks."
     config_class, encoder, layout = HierarchicalConfig, "transformer", "hierarchical"
@@ -135,7 +135,12 @@ class SurvivalTransformer(SurvivalModel):
         "One vector a visit. Raises as `HierarchicalEncoder`."
         return self.transformer(batch)
 
-# %% ../nbs/13_transformers.ipynb #759608d2
+    @property
+    def causal(self) -> bool: # no visit sees a later one
+        "Whether attention across visits looks back only."
+        return self.transformer.config.attention == "visit_causal"
+
+# %% ../nbs/13_transformers.ipynb #6f6c575c
 class TransformerProgressionModel(ProgressionModel):
     "A hierarchical transformer with heads for the stage to come and the wait for it. Refuses bidirectional attention across visits unless told that it leaks."
     config_class, encoder, layout = HierarchicalConfig, "transformer", "hierarchical"
@@ -156,3 +161,8 @@ class TransformerProgressionModel(ProgressionModel):
     def encode_visits(self, batch: dict) -> Tensor: # (B, V, hidden_size)
         "One vector a visit. Raises as `HierarchicalEncoder`."
         return self.transformer(batch)
+
+    @property
+    def causal(self) -> bool: # no visit sees a later one
+        "Whether attention across visits looks back only."
+        return self.transformer.config.attention == "visit_causal"

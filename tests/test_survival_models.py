@@ -18,7 +18,7 @@ from ehr_sequencing.progression import BEHRTForProgression, Stages, attach_progr
 from ehr_sequencing.saved_models import SavedModel
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.splits import split_patients
-from ehr_sequencing.survival import BEHRTForSurvival, risk_within
+from ehr_sequencing.survival import BEHRTForSurvival, landmark_outputs, risk_within
 from ehr_sequencing.synthetic import CONDITIONS, OUTCOME_CODE, simulate_cohort
 from ehr_sequencing.transformers import HierarchicalConfig, SurvivalTransformer, TransformerProgressionModel
 from ehr_sequencing.vocabulary import fit_vocabulary
@@ -32,6 +32,7 @@ MODELS = {  # name -> class, class of the configuration, changes of the configur
     "BEHRT, last token": (BEHRTForSurvival, BEHRTConfig, {}, {"n_bins": 3, "pooling": "last"}),
     "BEHRT, frozen": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS, "freeze_behrt": True}),
     "BEHRT, adapters": (BEHRTForSurvival, BEHRTConfig, {}, {"horizons": HORIZONS, "use_lora": True, "lora_rank": 4}),
+    "BEHRT, learned places, no time": (BEHRTForSurvival, BEHRTConfig, {"position": "learned", "max_visits": 8, "use_time": False}, {"horizons": HORIZONS}),
     "LSTM, visit hazards": (SurvivalLSTM, LSTMConfig, {}, {}),
     "LSTM, horizons": (SurvivalLSTM, LSTMConfig, {"use_time": False}, {"horizons": HORIZONS}),
     "LSTM, two layers, LSTM over codes": (SurvivalLSTM, LSTMConfig, {"visit_encoder": "lstm", "num_layers": 2}, {"horizons": HORIZONS}),
@@ -39,6 +40,7 @@ MODELS = {  # name -> class, class of the configuration, changes of the configur
     "LSTM, a label at each visit": (LSTMBaseline, LSTMConfig, {}, {"level": "visit"}),
     "hierarchical, visit hazards": (SurvivalTransformer, HierarchicalConfig, {}, {}),
     "hierarchical, horizons, attention over codes": (SurvivalTransformer, HierarchicalConfig, {"pooling": "attention"}, {"horizons": HORIZONS}),
+    "hierarchical, learned places, no code layers": (SurvivalTransformer, HierarchicalConfig, {"position": "learned", "max_visits": 8, "code_layers": 0}, {"horizons": HORIZONS}),
     "BEHRT, progression": (BEHRTForProgression, BEHRTConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
     "LSTM, progression": (LSTMProgressionModel, LSTMConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS, "stage_weight": 0.5}),
     "hierarchical, progression": (TransformerProgressionModel, HierarchicalConfig, {}, {"n_stages": STAGES, "horizons": HORIZONS}),
@@ -289,3 +291,86 @@ def test_a_frozen_encoder_has_no_dropout(cohort):
     assert not model.frozen and model.train().behrt.training and noisy()
     model.behrt.requires_grad_(False)
     assert model.train().frozen and not noisy()
+
+
+def answer(model, landmarks, causal, max_tokens):
+    "What a model says at landmarks, and how many rows it read."
+    rows = []
+    def read(batch):
+        rows.append(len(batch["rows"]))
+        with torch.no_grad(): said = model(batch)
+        return said if torch.is_tensor(said) else torch.cat(said, -1)
+    return landmark_outputs(read, landmarks, layout=model.layout, token_budget=2000, max_tokens=max_tokens, causal=causal), sum(rows)
+
+
+def moments(cohort, n=400):
+    "Landmarks at visits, in no order, some of them several times, some days after the visit."
+    draw = np.random.default_rng(0)
+    marks = at_each_visit(cohort[2], cohort[1])
+    marks = marks.take(draw.integers(0, len(marks), n))
+    marks.elapsed = draw.choice([0, 0, 90, 2000], n)
+    return marks
+
+
+@every_model
+@pytest.mark.parametrize("max_tokens", [10**6, 100, 30, 5])
+def test_one_pass_answers_for_every_landmark(cohort, name, max_tokens):
+    "As one row a landmark does: of histories that fit, of those that are cut, and of visits that alone are too long."
+    marks, model = moments(cohort), build(name, cohort[1])
+    (cut, n_cut), (whole, n_whole) = (answer(model, marks, causal, max_tokens) for causal in (False, True))
+    torch.testing.assert_close(whole, cut, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.sigmoid(), cut.sigmoid(), atol=1e-6, rtol=0)
+    different = len(np.unique(np.stack([marks.rows, marks.visits]), axis=1).T)
+    assert n_cut == different < len(marks) and (n_whole == len(np.unique(marks.rows)) if max_tokens == 10**6 else len(np.unique(marks.rows)) <= n_whole < n_cut + (max_tokens == 5))
+    some = np.random.default_rng(1).choice(len(marks), 12, replace=False)
+    for i in some:
+        said = tensors(model(make_batch(cohort[1], [marks.rows[i]], [marks.visits[i]], max_tokens)))
+        torch.testing.assert_close(whole[i], (said[0] if len(said) == 1 else torch.cat(said, -1))[0, -1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ON_A_CALENDAR)
+def test_risks_come_from_one_pass(cohort, name, monkeypatch):
+    "`predict_risk` of a model that looks back only, with days that have passed; and they are those of histories that were cut."
+    marks, model = moments(cohort), build(name, cohort[1])
+    assert model.causal
+    fast, rows, run = model.predict_risk(marks, [365, 1095], max_tokens=10**6), [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, batch: (rows.append(len(batch["rows"])), run(self, batch))[1])
+    assert (model.predict_risk(marks, [365, 1095], max_tokens=10**6) == fast).all() and sum(rows) == len(np.unique(marks.rows))
+    monkeypatch.setattr(type(model), "causal", False)
+    rows.clear()
+    np.testing.assert_allclose(model.predict_risk(marks, [365, 1095], max_tokens=10**6), fast, atol=1e-6, rtol=0)
+    assert sum(rows) > 2 * len(np.unique(marks.rows))
+    with pytest.raises(ValueError, match="are not in 0..visits-1 of their patient"): model.predict_risk(bad_visit(marks), 365)
+
+
+def bad_visit(marks):
+    "The same moments, one of them at a visit that its patient does not have."
+    marks = marks.take(np.arange(len(marks)))
+    marks.visits = marks.visits.copy(); marks.visits[3] = marks.store.n_visits[marks.rows[3]]
+    return marks
+
+
+@every_model
+def test_who_reads_both_ways_is_not_answered_in_one_pass(cohort, name):
+    "Histories are cut, so that a leaking model is told nothing of later visits when it is asked; in one pass it would be."
+    marks = moments(cohort, 60)
+    with pytest.warns(UserWarning, match="leaks the future"): leaking = build(name, cohort[1], BOTH_WAYS[MODELS[name][1]], allow_future_leakage=True)
+    assert not leaking.causal
+    (cut, _), (whole, _) = (answer(leaking, marks, causal, 512) for causal in (False, True))
+    assert (cut - whole).abs().max() > 1e-3
+    if name in ON_A_CALENDAR:
+        one_by_one = np.concatenate([leaking.predict_risk(make_batch(cohort[1], [r], [v]), 365) for r, v in zip(marks.rows, marks.visits)])
+        marks.elapsed = np.zeros(len(marks), dtype=int)
+        np.testing.assert_allclose(leaking.predict_risk(marks, 365), one_by_one, atol=1e-6, rtol=0)
+
+
+def test_a_subclass_makes_no_promise_for_its_own_code(cohort):
+    "Who writes another `encode_visits` or `forward` says anew whether it looks ahead; until then histories are cut."
+    class Turned(BEHRTForSurvival):
+        def encode_visits(self, batch): return super().encode_visits(batch).flip(1)
+    class Named(BEHRTForSurvival): pass
+    class Said(BEHRTForSurvival):
+        causal = True
+        def forward(self, batch): return super().forward(batch) * 1
+    config = BEHRTConfig.small(len(cohort[1].vocabulary), **SMALL[BEHRTConfig])
+    assert [kind(config, HORIZONS).causal for kind in (Turned, Named, Said)] == [False, True, True]

@@ -283,16 +283,18 @@ ARMS = {arm.name: arm for arm in (
     _network("BEHRT, pre-trained, LoRA", _adapted, (2e-3, 7e-4, 5e-3), "BEHRT pre-trained on records without labels; the head, the embeddings and adapters of rank 16 are trained", True),
     _network("BEHRT, pre-trained, full", _pretrained, (1e-3, 3e-4, 3e-3), "BEHRT pre-trained on records without labels; all weights are trained", True))}
 
-# %% ../nbs/17ca_arms.ipynb #a27d34c0
-def _can_rank(model, task):
-    "Whether some batch of the patients to fit to, and some of those to stop on, holds a pair."
-    with torch.no_grad(): return all(any(model.loss(model(batch), batch)[1] for batch in loader) for loader in _loaders(task, model.layout))
+# %% ../nbs/17ca_arms.ipynb #bc83da68
+def _can_rank(build, task):
+    "Whether some batch of the patients to fit to, and some of those to stop on, holds a pair. Draws no number that the arm would miss."
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = build(task, objective="ranking")
+        return all(any(model.loss(model(batch), batch)[1] for batch in loader) for loader in _loaders(task, model.layout))
 
 
 def _with_objective(build, name, task):
     "A network of this objective, or of the likelihood where there is nothing to rank."
     if name == "nll": return build(task)
-    if not at_each_visit(task.labels, task.store, task.train).events.any() or not _can_rank(build(task, objective="ranking"), task): return build(task)
+    if not at_each_visit(task.labels, task.store, task.train).events.any() or not _can_rank(build, task): return build(task)
     return build(task, objective="ranking" if name == "ranking" else Objective("hybrid", scales=loss_scales(task.store, task.labels, task.train)))
 
 

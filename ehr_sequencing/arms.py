@@ -146,7 +146,7 @@ class Arm:
         if self.kind not in KINDS[:-1]: raise ValueError(f"kind: expected one of {', '.join(KINDS[:-1])}, got {self.kind!r}")
         if not len(self.settings): raise ValueError(f"settings: arm {self.name!r} has none; expected one at least")
 
-# %% ../nbs/17ca_arms.ipynb #959a7fd6
+# %% ../nbs/17ca_arms.ipynb #c9ed9e85
 def bins_with_events(
     durations, # (n,) days
     events, # (n,) bool
@@ -157,11 +157,11 @@ def bins_with_events(
     def learnable(begin, end):
         at_risk, here = durations > begin, events & (durations > begin) & (durations <= end)
         return here.any() and (at_risk & ~here).any()
+    if not learnable(0.0, bins[-1]): raise ValueError(f"durations: expected some that end with the event by day {bins[-1]:g} and some that do not, got {int(events.sum())} events among {len(events)}")
     for end in bins:
         if learnable(since, end): kept.append(float(end)); since = end
-    if kept: kept[-1] = float(bins[-1])
+    kept[-1:] = [float(bins[-1])]
     while len(kept) > 1 and not learnable(kept[-2], kept[-1]): kept[-2:] = [kept[-1]]
-    if not kept: raise ValueError(f"durations: expected some that end with the event by day {bins[-1]:g} and some that do not, got {int(events.sum())} events among {len(events)}")
     return tuple(kept)
 
 
@@ -173,7 +173,7 @@ class _SameForAll:
 
     def predict_risk(self, landmarks, horizons): return np.tile(-np.expm1(-self.rate * np.asarray(horizons, dtype=float)), (len(landmarks), 1))
 
-# %% ../nbs/17ca_arms.ipynb #09571af6
+# %% ../nbs/17ca_arms.ipynb #8c193555
 def _comparable(landmarks):
     "Whether the concordance of these landmarks is defined."
     try: concordance_index(landmarks.durations, landmarks.events, np.zeros(len(landmarks)))
@@ -197,7 +197,7 @@ def fit_baseline(
     usable = _comparable(stop)
     model = make(task, settings if usable else settings[:1]).fit(train, stop if usable else train)
     said = words.format(*(model.setting if isinstance(model.setting, (list, tuple)) else (model.setting,)))
-    return Fitted(model, model.n_parameters, model.n_parameters, said if usable or len(settings) == 1 else f"{said} (the default, since {_NO_PAIR})", chosen=model.setting)
+    return Fitted(model, model.n_parameters, model.n_parameters - model.features.n_parameters, said if usable or len(settings) == 1 else f"{said} (the default, since {_NO_PAIR})", chosen=model.setting)
 
 
 def _bins(task): return bins_with_events(task.fit_landmarks.durations, task.fit_landmarks.events, yearly_bins(task.horizon))
@@ -243,7 +243,7 @@ def fit_network(
     note = "" if usable or len(settings) == 1 else f" (chosen by the validation loss, since {_NO_PAIR})"
     return Fitted(model, *count_parameters(model)[:2], f"learning rate {rate:g}{note}", history, chosen=rate, options=options)
 
-# %% ../nbs/17ca_arms.ipynb #8be1af08
+# %% ../nbs/17ca_arms.ipynb #23585cf2
 def _lstm(task): return SurvivalLSTM(getattr(LSTMConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons)
 def _hierarchical(task): return SurvivalTransformer(getattr(HierarchicalConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons)
 def _behrt(task): return BEHRTForSurvival(getattr(BEHRTConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons)
@@ -256,7 +256,7 @@ def _pretrained(task, **way):
 
 
 _frozen, _adapted = partial(_pretrained, freeze_behrt=True), partial(_pretrained, use_lora=True, lora_rank=16)
-_PENALTIES, _SIZES = (0.01, 0.1, 0.001), ([4, 50], [4, 150], [8, 50])
+_PENALTIES, _STRONGER, _SIZES = (0.1, 0.3, 0.03), (0.3, 1.0, 0.1), ([4, 50], [4, 25], [4, 150])
 
 
 def _baseline(name, make, words, settings, about, kind="baseline"): return Arm(name, kind, settings, False, partial(fit_baseline, make, words), about)
@@ -266,7 +266,7 @@ def _network(name, build, settings, about, pretrained=False): return Arm(name, "
 ARMS = {arm.name: arm for arm in (
     _baseline("visit count", _visit_count, "penalty {:g}", _PENALTIES, "a Cox model on the number of visits so far and nothing else", "control"),
     _baseline("Cox, counts", _cox, "penalty {:g}", _PENALTIES, "a Cox model on age, sex and counts of the 50 most frequent codes"),
-    _baseline("logistic, counts", _logistic, "penalty {:g}", _PENALTIES, "logistic regression on person-periods, on age, sex and counts of all codes"),
+    _baseline("logistic, counts", _logistic, "penalty {:g}", _STRONGER, "logistic regression on person-periods, on age, sex and counts of all codes"),
     _baseline("boosted trees, counts", _trees, "{} leaves a tree, {} trees", _SIZES, "boosted trees on person-periods, on age, sex and counts of all codes"),
     _baseline("Med2Vec, logistic", _med2vec, "penalty {:g}", _PENALTIES, "logistic regression on person-periods, on age, sex and vectors of visits that Med2Vec learned from the same patients"),
     _network("LSTM", _lstm, (2e-3, 7e-4, 5e-3), "an LSTM over visits, all weights trained"),
@@ -330,7 +330,7 @@ def without_future(
     n = len(landmarks)
     return replace(landmarks, store=SequenceStore(pa.table(columns, schema=STORE_SCHEMA), part.vocabulary), rows=np.arange(n), durations=np.full(n, np.nan), events=np.zeros(n, dtype=bool), event_types=np.zeros(n, dtype=np.int64), flow=None)
 
-# %% ../nbs/17ca_arms.ipynb #138e971a
+# %% ../nbs/17ca_arms.ipynb #09e0946f
 def looks_ahead(
     fitted: Fitted, # any arm
     landmarks: Landmarks, # moments, of which some should have later visits
@@ -342,8 +342,8 @@ def looks_ahead(
     try: blind = fitted.predict_risk(without_future(landmarks), horizons)
     except Exception as error: return f"there is no answer when everything after the landmark is removed ({type(error).__name__})"
     moved = np.abs(blind - whole)
-    if moved.max() <= tolerance * whole.max(): return ""
-    return "risks are not numbers when everything after the landmark is removed" if np.isnan(moved).any() else f"risks move by up to {moved.max():.2g} when everything after the landmark is removed"
+    if np.isnan(moved).any(): return "some risks are not numbers"
+    return f"risks move by up to {moved.max():.2g} when everything after the landmark is removed" if moved.max() > tolerance * np.abs(whole).max() else ""
 
 
 def looks_ahead_inside(
@@ -359,7 +359,7 @@ def looks_ahead_inside(
     except AssertionError as error: return str(error)
     return ""
 
-# %% ../nbs/17ca_arms.ipynb #e09800e9
+# %% ../nbs/17ca_arms.ipynb #9d220eea
 def fit_arm(
     arm: Arm, # to fit
     task: Task, # to fit to
@@ -373,7 +373,7 @@ def fit_arm(
         began, cpu = time.perf_counter(), time.process_time()
         fitted = arm.fit(task, settings)
         fitted.seconds, fitted.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-        found = [looks_ahead(fitted, marks, task.labels.horizons) for marks in asked if len(marks)]
-        if isinstance(fitted.model, nn.Module): found.append(looks_ahead_inside(fitted.model, task))
-    fitted.leak = "; ".join(dict.fromkeys(f for f in found if f))
+        outside = (looks_ahead(fitted, marks, task.labels.horizons) for marks in asked if len(marks))
+        found = [next(filter(None, outside), ""), looks_ahead_inside(fitted.model, task) if isinstance(fitted.model, nn.Module) else ""]
+    fitted.leak = "; ".join(filter(None, found))
     return fitted

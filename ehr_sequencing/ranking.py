@@ -61,13 +61,20 @@ class _PairwiseMean(torch.autograd.Function):
         if torch.is_grad_enabled(): raise RuntimeError("create_graph: the pairwise ranking loss has first derivatives only; call backward without create_graph")
         return ctx.saved_tensors[0] * upstream, *[None] * 8
 
-# %% ../nbs/09a_ranking.ipynb #ccfdd6fd
+# %% ../nbs/09a_ranking.ipynb #4a13b352
 def _patient_weights(counts, dtype):
     "Weight 1 for each patient, divided among the visits that count."
     return counts.to(dtype) if counts.ndim == 1 else counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_censored, pairs_per_block):
+def _pair_weights(counts, weights, dtype):
+    "Weight of each sequence. Raises `ValueError` for weights of another shape."
+    if weights is None: return _patient_weights(counts, dtype)
+    if weights.shape != counts.shape: raise ValueError(f"weights: expected shape {tuple(counts.shape)} as event_times, got {tuple(weights.shape)}")
+    return weights.to(dtype) * counts
+
+
+def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_censored, pairs_per_block, weights=None, patients=None):
     "Mean penalty, 0 without a comparable pair, and the number of pairs."
     _check_penalty(form, sigma)
     counts = at_risk_mask(event_times, at_risk)  # (B,) or (B, V)
@@ -76,8 +83,9 @@ def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_c
     step = torch.arange(logits.shape[-1], device=logits.device)  # (K,)
     used = counts.unsqueeze(-1) & (step < (times + (indicators | tied_censored)).unsqueeze(-1))  # no risk is read beyond its own time
     risks = -torch.expm1(F.logsigmoid(-counted_logits(logits, used)).cumsum(-1)).flatten(0, -2)  # (N, K), N = B or B * V
-    weights = _patient_weights(counts, risks.dtype).flatten()  # (N,)
-    patients = torch.arange(len(counts), device=logits.device).repeat_interleave(counts.shape[1]) if counts.ndim == 2 else None
+    weights = _pair_weights(counts, weights, risks.dtype).flatten()  # (N,)
+    if patients is None and counts.ndim == 2: patients = torch.arange(len(counts), device=logits.device)
+    if patients is not None and counts.ndim == 2: patients = patients.repeat_interleave(counts.shape[1])  # (N,)
     return _PairwiseMean.apply(risks, times.masked_fill(~counts, -1).flatten(), indicators.flatten(), weights, patients, form, float(sigma), tied_censored, int(pairs_per_block))
 
 
@@ -90,13 +98,15 @@ def pairwise_ranking_loss(
     sigma: float = 0.1, # difference of risks that counts as large
     tied_censored: bool = True, # whether an event is compared with a censoring in its step
     pairs_per_block: int = 2**20, # bounds the memory, at 150 bytes a pair or less
+    weights: Tensor | None = None, # the shape of the times, 0 or more: of each sequence; None gives each row the same, divided among its visits
+    patients: Tensor | None = None, # (B,) whose rows these are, where one patient may have several; nobody is compared with himself
 ) -> Tensor: # scalar
     "Mean penalty over Harrell's comparable pairs, both risks taken at the event's time. Raises `ValueError` if no pair is comparable, and as `survival_nll`."
-    value, pairs = _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_censored, pairs_per_block)
+    value, pairs = _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_censored, pairs_per_block, weights, patients)
     if pairs == 0: raise ValueError("event_times: no pair is comparable (nobody has the event, or nobody is seen to come later), so there is nothing to rank")
     return value
 
-# %% ../nbs/09a_ranking.ipynb #c0212539
+# %% ../nbs/09a_ranking.ipynb #ed98f40c
 class PairwiseRankingLoss(nn.Module):
     "Pairwise ranking for training: 0, and counted, where a batch has no comparable pair."
     def __init__(self,
@@ -110,9 +120,9 @@ class PairwiseRankingLoss(nn.Module):
         self.form, self.sigma, self.tied_censored, self.pairs_per_block = form, sigma, tied_censored, pairs_per_block
         self.batches_without_pairs = 0
 
-    def value_and_pairs(self, logits: Tensor, event_times: Tensor, event_indicators: Tensor, at_risk: Tensor | None = None) -> tuple: # loss and number of pairs, scalars
-        "The loss and how many pairs it is a mean of."
-        value, pairs = _ranking(logits, event_times, event_indicators, at_risk, self.form, self.sigma, self.tied_censored, self.pairs_per_block)
+    def value_and_pairs(self, logits: Tensor, event_times: Tensor, event_indicators: Tensor, at_risk: Tensor | None = None, weights: Tensor | None = None, patients: Tensor | None = None) -> tuple: # loss and number of pairs, scalars
+        "The loss and how many pairs it is a mean of. Arguments as of `pairwise_ranking_loss`."
+        value, pairs = _ranking(logits, event_times, event_indicators, at_risk, self.form, self.sigma, self.tied_censored, self.pairs_per_block, weights, patients)
         self.batches_without_pairs += int(pairs == 0)
         return value, pairs
 

@@ -7,7 +7,7 @@ __all__ = ['survival_from_logits', 'risk_within', 'check_labels', 'row_weights',
            'check_direction', 'SurvivalModel', 'HazardHead', 'yearly_bins', 'BEHRTForSurvival', 'survival_curves',
            'plot_survival_curves']
 
-# %% ../nbs/11_survival.ipynb #a6bc0d32
+# %% ../nbs/11_survival.ipynb #7f453e63
 import warnings
 
 import numpy as np
@@ -20,6 +20,7 @@ from .behrt import BEHRT, BEHRTConfig
 from .landmarks import Landmarks, check_vocabulary
 from .lora import apply_lora_to_behrt
 from .losses import horizon_loss, survival_nll
+from .objectives import batch_ranking, make_objective
 from .outcomes import check_horizons
 from .saved_models import SavedModel, evaluating
 
@@ -152,7 +153,7 @@ def check_direction(
     if not allow_future_leakage: raise ValueError(f"{message}, or pass allow_future_leakage=True to study the leak.")
     warnings.warn(f"This model leaks the future: {message}.", stacklevel=3)
 
-# %% ../nbs/11_survival.ipynb #00c922f3
+# %% ../nbs/11_survival.ipynb #5baa3b0b
 class SurvivalModel(SavedModel):
     "Base of the models that emit hazards at every visit; a subclass has `encode_visits(batch)` and `head`. Raises `ValueError` for horizons that are no increasing positive days."
     question, layout = ("horizons",), "both" # of the tensors that `encode_visits` reads; one of `batches.LAYOUTS`
@@ -161,11 +162,13 @@ class SurvivalModel(SavedModel):
     def __init__(self,
         config, # sizes, of the subclass's `config_class`
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
+        objective="nll", # what `loss` is: "nll", "ranking", "hybrid", or an `Objective`
         **settings, # the other arguments of the subclass's constructor, JSON-able
     ):
-        horizons = None if horizons is None else check_horizons(horizons)
+        horizons, objective = None if horizons is None else check_horizons(horizons), make_objective(objective)
+        if objective.name != "nll": settings["objective"] = objective.to_dict()
         super().__init__(config, horizons=horizons, **settings)
-        self.horizons = horizons
+        self.horizons, self.objective = horizons, objective
 
     def __init_subclass__(cls, **options):
         "A class with an `encode_visits` or `forward` of its own has to say itself that it is causal; it inherits no promise about another one."
@@ -186,10 +189,16 @@ class SurvivalModel(SavedModel):
         outputs: Tensor, # logits of `forward`
         batch: dict, # with the labels of `attach_labels`
     ) -> tuple: # scalar loss, number of patients at risk
-        "`survival_loss`, and the number of patients (of tiles: of windows) over which it is the mean. Raises `ValueError` if no patient of the batch is at risk, or its labels are for other horizons."
+        """The model's objective, by default `survival_loss`, and the number of patients (of tiles: of windows) over which it is the mean; 0 where all that is asked is to rank, and no pair can be.
+
+        Raises `ValueError` if no patient of the batch is at risk, or its labels are for other horizons, and as `batch_ranking`."""
         if self.horizons is not None: check_labels(batch, horizons=self.horizons)
         at_risk = batch["event_times"] >= 0 if self.horizons is None else batch["at_risk"].any(1)  # (B,)
-        return survival_loss(outputs, batch), int(at_risk.sum())
+        n, objective = int(at_risk.sum()), self.objective
+        if objective.name == "nll": return survival_loss(outputs, batch), n
+        ranking, pairs = batch_ranking(outputs, batch, objective)
+        if objective.name == "ranking": return ranking, n if pairs else 0
+        return survival_loss(outputs, batch) + objective.rank_weight * ranking, n
 
     @torch.no_grad()
     def _logits(self, batch):
@@ -252,7 +261,7 @@ def _chosen_bins(horizons, n_bins):
     if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1: raise ValueError(f"n_bins: expected a positive integer, got {n_bins!r}")
     return yearly_bins(365 * n_bins)
 
-# %% ../nbs/11_survival.ipynb #cf084ffe
+# %% ../nbs/11_survival.ipynb #de5cce68
 class BEHRTForSurvival(SurvivalModel):
     "BEHRT encoder, pooling of each visit's tokens, hazard head; trained in full, with adapters, or the head alone. Refuses bidirectional attention unless told that it leaks."
     config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
@@ -266,9 +275,10 @@ class BEHRTForSurvival(SurvivalModel):
         pooling: str = "mean", # of a visit's tokens, one of `VISIT_POOLINGS`
         n_bins: int | None = None, # in the place of horizons: this many bins of a year
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
+        objective="nll", # what is minimised: "nll", "ranking", "hybrid", or an `Objective`
     ):
         check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
-        super().__init__(config, _chosen_bins(horizons, n_bins), freeze_behrt=freeze_behrt, use_lora=use_lora, lora_rank=lora_rank, pooling=pooling, allow_future_leakage=allow_future_leakage)
+        super().__init__(config, _chosen_bins(horizons, n_bins), objective, freeze_behrt=freeze_behrt, use_lora=use_lora, lora_rank=lora_rank, pooling=pooling, allow_future_leakage=allow_future_leakage)
         self.behrt, self.pooling = BEHRT(config), VisitPooling(config.hidden_size, pooling)
         self.head = HazardHead(config.hidden_size, 1 if self.horizons is None else len(self.horizons), config.dropout)
         if use_lora: apply_lora_to_behrt(self, lora_rank, train_embeddings=not freeze_behrt)

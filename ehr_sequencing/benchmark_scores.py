@@ -21,7 +21,7 @@ from .evaluation import NULL
 from .jobs import workers
 from .metrics import comparison_keys
 
-# %% ../nbs/17d_benchmark_scores.ipynb #f8b165cb
+# %% ../nbs/17d_benchmark_scores.ipynb #b25e7b2e
 CHUNK = 4_000_000 # numbers in a matrix, to bound memory
 
 
@@ -29,26 +29,27 @@ def pair_draws(
     keys: np.ndarray, # (n,) int: pairs with keys[i] < keys[j] are compared
     risks: np.ndarray, # (n,) the earlier should have the higher
     earlier_weights: np.ndarray, # (n,) a, of the landmark with the smaller key; most are 0
-    patients: np.ndarray, # (n,) int, column of `counts`
-    counts: np.ndarray, # (R, P) int, how often each patient is drawn
+    patients: np.ndarray, # (n,) int from 0 to P - 1, each at least once
+    counts: np.ndarray, # (P, R) int, how often each patient is drawn
 ) -> np.ndarray: # (R,)
     "Sums of a over the pairs that the risks order rightly (ties half), in each draw of patients."
     order = np.argsort(patients, kind="stable")
     keys, ranks, a, p = np.asarray(keys)[order], np.unique(risks, return_inverse=True)[1][order].astype(np.int32), earlier_weights[order], patients[order]
-    first, rows, total = np.flatnonzero(np.diff(p, prepend=-1)), np.flatnonzero(a), np.zeros(len(counts))
-    step, at_once = max(1, CHUNK // len(p)), max(1, CHUNK // counts.shape[1])
+    first, rows, total = np.flatnonzero(np.diff(p, prepend=-1)), np.flatnonzero(a), np.zeros(counts.shape[1])
+    largest = 2 * np.bincount(p).max() ** 2 * counts.sum(0, dtype=np.int64).max()  # of a row of 2 A w
+    dtype = np.float32 if np.isin(a, (0, 1)).all() and largest < 2**24 else np.float64  # whole numbers, which both hold exactly
+    step, at_once = max(1, CHUNK // len(p)), max(1, CHUNK // len(counts))
     for start in range(0, len(rows), step):
         i = rows[start:start + step]  # (m,) landmarks with the event
         twice = ((ranks[i, None] > ranks).view(np.uint8) + (ranks[i, None] >= ranks).view(np.uint8)) * (keys[i, None] < keys)  # (m, n)
-        pairs = np.add.reduceat(twice, first, axis=1, dtype=np.uint16) * (a[i, None] / 2)  # (m, patients here)
         own = np.flatnonzero(np.diff(p[i], prepend=-1))
-        A = np.add.reduceat(pairs, own, axis=0)  # (patients with the event, patients here)
-        for begin in range(0, len(counts), at_once):
-            w = counts[begin:begin + at_once, p[first]].T.astype(float)  # (patients here, draws)
-            total[begin:begin + at_once] += ((A @ w) * w[np.searchsorted(p[first], p[i[own]])]).sum(0)
+        A = np.add.reduceat(np.add.reduceat(twice, first, axis=1, dtype=np.uint16) * a[i, None].astype(dtype), own, axis=0)  # (patients with the event, P)
+        for begin in range(0, len(total), at_once):
+            w = counts[:, begin:begin + at_once].astype(dtype)  # (P, draws)
+            total[begin:begin + at_once] += ((A @ w).astype(float) * w[p[i[own]]]).sum(0) / 2
     return total
 
-# %% ../nbs/17d_benchmark_scores.ipynb #ad81d73f
+# %% ../nbs/17d_benchmark_scores.ipynb #72680eaf
 class _Judge:
     "Landmarks with draws of their patients: what is the same for every arm."
     def __init__(self, asked, n_resamples, seed, everybody=None): # everybody: (P,) numbers of the patients to draw from, if there are others
@@ -56,16 +57,15 @@ class _Judge:
         everybody = np.unique(asked.patients) if everybody is None else everybody
         here, self.patients = np.unique(asked.patients, return_inverse=True)  # (P',) numbers, (n,) positions
         counts = [c.astype(np.int16) for c in draw_counts(len(everybody), n_resamples, seed)]
-        self.counts = np.concatenate([np.ones((1, len(here)), np.int16), np.concatenate(counts)[:, np.searchsorted(everybody, here)]])  # (1 + R, P'): the first row is everybody once
+        self.counts = np.concatenate([np.ones((1, len(here)), np.int16), *(c[:, np.searchsorted(everybody, here)] for c in counts)]).T.copy()  # (P', 1 + R): everybody once, then the draws
         self.landmarks = self.sums(np.ones(len(asked)))
         self.keys = comparison_keys(self.durations, self.events)
         self.pairs = 2 * pair_draws(self.keys, np.zeros(len(asked)), self.events.astype(float), self.patients, self.counts)  # with all risks tied, half of them are right
 
     def sums(self, values: np.ndarray) -> np.ndarray: # (n,) -> (1 + R,)
         "Sum over the landmarks, in each draw."
-        total = np.bincount(self.patients, values, self.counts.shape[1])
-        step = max(1, CHUNK // len(total))
-        return np.concatenate([(self.counts[k:k + step] * total).sum(1) for k in range(0, len(self.counts), step)])
+        total, step = np.bincount(self.patients, values), max(1, CHUNK // len(self.counts))
+        return np.concatenate([total @ self.counts[:, k:k + step].astype(float) for k in range(0, self.counts.shape[1], step)])
 
     def concordance(self, risks: np.ndarray) -> np.ndarray: # (n,) -> (1 + R,), NaN where no pair is comparable
         "Harrell's C."
@@ -180,7 +180,7 @@ class Difference:
 METRICS = ("c_index", "brier", "integrated_brier", "train_c_index", "gap") # with intervals, for each size
 ORACLE = "oracle"
 
-# %% ../nbs/17d_benchmark_scores.ipynb #4c10cc62
+# %% ../nbs/17d_benchmark_scores.ipynb #4a97b6aa
 def _usable(results: BenchmarkResults) -> tuple: # columns (U,), weights (n, U), notes
     "Horizons at which there is a Brier score."
     columns, weights, notes = [], [], []
@@ -197,7 +197,7 @@ def _as_stored(risks, n: int, n_horizons: int, of: str) -> np.ndarray: # (n, H) 
     except ValueError as error: raise ValueError(f"{of}: {error}") from None
 
 
-def _tasks(results: BenchmarkResults, columns, weights, draws, at_once=4) -> list: # of `_Task`, the largest first
+def _tasks(results: BenchmarkResults, columns, weights, draws, at_once=6) -> list: # of `_Task`, the largest first
     "Cells in portions of one size and seed."
     H, n_test, largest = len(results.horizons), len(results.test), max(results.sizes)
     common = dict(test=results.test, horizons=np.asarray(results.horizons, dtype=float)[columns], columns=columns, weights=weights, draws=draws)
@@ -216,19 +216,20 @@ def _tasks(results: BenchmarkResults, columns, weights, draws, at_once=4) -> lis
                 tasks.append(_Task(risks={a: risks[a] for a in some if a in risks}, train=asked, train_risks={a: train[a] for a in some if a in train}, everybody=everybody, n_labels=n, seed=s, over_time=n == largest, **common))
     return tasks
 
-# %% ../nbs/17d_benchmark_scores.ipynb #54c89097
+# %% ../nbs/17d_benchmark_scores.ipynb #2dfb20fa
 class _Scored:
     "Cells with their draws, and what can be asked about them."
     def _values(self, arm: str, n_labels: int, metric) -> dict: # seed -> (1 + R,), all patients first
         "A metric of each seed. The oracle has the same for all of them, and was fitted to none."
+        if isinstance(metric, str) and metric not in (*METRICS, "auc"): raise ValueError(f"metric: expected one of {', '.join((*METRICS, 'auc'))}, got {metric!r}")
         if metric == "gap":
             train, test = self._values(arm, n_labels, "train_c_index"), self._values(arm, n_labels, "c_index")
             return {s: train[s] - test[s] for s in train}
         seeds = sorted({c.seed for c in self.results.cells if c.n_labels == n_labels}) if arm == ORACLE else [c.seed for c in self.results.of(arm, n_labels)]
-        where = (None, None) if arm == ORACLE and metric != "train_c_index" else (n_labels, None)
-        found = {s: self._found.get((arm, where[0], where[0] and s), {}).get(metric) for s in seeds}
+        once = arm == ORACLE and metric != "train_c_index"
+        found = {s: self._found.get((arm, None, None) if once else (arm, n_labels, s), {}).get(metric) for s in seeds}
         if found := {s: v for s, v in found.items() if v is not None}: return found
-        raise ValueError(f"{arm!r} has no {metric} with {n_labels} labelled patients")
+        raise ValueError(f"{arm!r} has no {metric if isinstance(metric, str) else '{} at {:g} days'.format(*metric)} with {n_labels} labelled patients")
 
     def _boot(self, values: dict, what: str) -> Bootstrap: # of "value"
         "Mean over seeds with its draws. Raises `ValueError` if it is undefined for all patients."
@@ -255,10 +256,11 @@ class _Scored:
         level: float | None = None, # coverage; that of the table if None
     ) -> Difference:
         "First minus second, seed by seed, with its interval. Raises `KeyError` if there is no such arm, `ValueError` where it is undefined."
-        n_labels, what = max(self.results.sizes) if n_labels is None else n_labels, f"{metric} of {first} minus {second}"
-        a, b = (self._values(arm, n_labels, metric.removeprefix("relative_")) for arm in (first, second))
+        n_labels, what = max(self.results.sizes) if n_labels is None else n_labels, f"{metric} of {first} against {second}"
+        relative = metric == "relative_c_index"
+        a, b = (self._values(arm, n_labels, "c_index" if relative else metric) for arm in (first, second))
         if not (both := [s for s in a if s in b]): raise ValueError(f"first, second: {first!r} and {second!r} have no seed in common with {n_labels} labelled patients")
-        boot = self._boot({s: a[s] / b[s] - 1 if metric.startswith("relative_") else a[s] - b[s] for s in both}, what)
+        boot = self._boot({s: a[s] / b[s] - 1 if relative else a[s] - b[s] for s in both}, what)
         return Difference(first, second, n_labels, metric, boot.estimates[what], *boot.interval(what, level or self.level, "percentile"), boot.p_value(what, method="percentile"), level or self.level)
 
 # %% ../nbs/17d_benchmark_scores.ipynb #39996766

@@ -106,9 +106,14 @@ def _fewer_ticks(ax):
         if box.x1 + 3 * ax.figure.dpi / 72 > left: label.set_visible(False)
         else: left = box.x0
 
-# %% ../nbs/17e_benchmark_figures.ipynb #1f9339d2
-_SCORES = {"c_index": ("C-index", "higher"), "brier": ("Brier score", "lower"), "integrated_brier": ("integrated Brier score", "lower"), "gap": ("C-index, training minus test patients", "lower"),
+# %% ../nbs/17e_benchmark_figures.ipynb #d8c13bc2
+_SCORES = {"c_index": ("C-index", "higher"), "brier": ("Brier score", "lower"), "integrated_brier": ("integrated Brier score", "lower"), "gap": ("C-index, training minus test", "lower"),
            "auc": ("AUC", "higher"), "scaled_brier": ("scaled Brier score", "higher")} # name in the table -> in words, which is better
+
+
+def _axis_label(metric: str, level: float) -> str:
+    "A score in words."
+    return "{} ({} is better), {:g} % interval".format(*_SCORES[metric], 100 * level)
 
 
 def _scored(scores, metric: str) -> pd.DataFrame: # arm, kind, n_labels, value, low, high
@@ -144,7 +149,7 @@ def _key_height(names) -> float:
     "Inches that a key of these names takes."
     return sum(0.14 * _wrap(n).count("\n") + 0.19 for n in names)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #a3c24692
+# %% ../nbs/17e_benchmark_figures.ipynb #30c5d67a
 def _aside(sizes, n: int) -> np.ndarray: # (n,)
     "Factors by which arms of one size are moved apart on a log axis."
     logs = np.log10(np.asarray(sizes, dtype=float))
@@ -175,8 +180,7 @@ def plot_label_efficiency(
         else: ax.vlines(x, mine.low, mine.high, color=styles[name]["color"], lw=0.9, alpha=0.8 if len(moved) <= 5 else 0.5, zorder=2)
         ax.plot(x, mine.value, ms=4.5, lw=1.1, mew=1.1, zorder=3, **styles[name])
     ends = rows.sort_values("n_labels", na_position="first").drop_duplicates("arm", keep="last")
-    label, better = _SCORES[metric]
-    ax.set(xlabel="labelled patients (log scale)", ylabel=f"{label} ({better} is better), {100 * scores.level:g} % interval", xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
+    ax.set(xlabel="labelled patients (log scale)", ylabel=_wrap(_axis_label(metric, scores.level), 46), xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes]); ax.minorticks_off()
     _tidy(ax)
     plain = {"oracle"} | ({"control"} if len(sizes) == 1 else set())  # lines without markers
@@ -184,7 +188,7 @@ def plot_label_efficiency(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #a4db3766
+# %% ../nbs/17e_benchmark_figures.ipynb #a2efa8fd
 def _places(labels: list, headings=()) -> np.ndarray:
     "Heights of rows whose labels have one or more lines, from the top down, in lines; more room above headings than below."
     lines = np.array([label.count("\n") + 1.6 for label in labels])
@@ -217,8 +221,7 @@ def plot_arms(
     ax=None, # matplotlib axes, of a figure with layout="constrained"; new ones if None
 ): # -> the axes
     "A score of each arm with its interval, all with the largest number of labelled patients, the best on top. Raises `ValueError` for another metric."
-    rows, (label, better) = _largest(_scored(scores, metric)), _SCORES[metric]
-    rows = rows.sort_values("value", ascending=better == "lower", kind="stable")
+    rows = _largest(_scored(scores, metric)).sort_values("value", ascending=_SCORES[metric][1] == "lower", kind="stable")
     styles = arm_styles(dict(zip(scores.table.arm, scores.table.kind)))
     labels = [_wrap(_in_words(r.arm, r.kind), 26) for r in rows.itertuples()]
     y = _places(labels)
@@ -227,7 +230,7 @@ def plot_arms(
     _forest(ax, y, labels, values, [styles[name] for name in rows.arm], [_three(v) for v in values])
     _bounds(ax, rows, styles, "y")
     n = rows.n_labels.dropna().max()
-    ax.set_xlabel(f"{label} ({better} is better), {100 * scores.level:g} % interval,\nwith {n:,} labelled patients")
+    ax.set_xlabel(_wrap(_axis_label(metric, scores.level) + f", with {n:,} labelled patients", 42))
     _fewer_ticks(ax)
     return ax
 
@@ -273,7 +276,7 @@ def plot_differences(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #333b0ccf
+# %% ../nbs/17e_benchmark_figures.ipynb #6f30c3fb
 def _span(days: float) -> str:
     "Days below a year, years from there on."
     return f"{days:g} d" if days < 360 else f"{days / 365.25:.2g} y"
@@ -311,8 +314,7 @@ def plot_metric_over_time(
             if name != NULL: ax.bar(at, mine.high - mine.low, 0.86, mine.low, color=style["color"], alpha=0.1, lw=0, zorder=0)
         ends.append((names[name], mine.value.iloc[-1], style | ({"ls": ""} if name in moved else {"marker": ""})))
     ax.use_sticky_edges = False
-    label, better = _SCORES[metric]
-    ax.set(xlabel="time since the landmark (not to scale)", ylabel=f"{label} ({better} is better), {100 * scores.level:g} % interval", xlim=(-0.5, len(horizons) - 0.5))
+    ax.set(xlabel="time since the landmark (not to scale)", ylabel=_wrap(_axis_label(metric, scores.level), 46), xlim=(-0.5, len(horizons) - 0.5))
     ax.set_xticks(range(len(horizons)), [_span(h) for h in horizons])
     _tidy(ax)
     _key(ax, ends, leaders=len(horizons) > 1)
@@ -347,7 +349,7 @@ def _observed_groups(asked: Asked, risks: list, horizon: float, n_groups: int, l
     low, high = risk_interval(observed, error, known, level)
     return pd.DataFrame({"predicted": at, "observed": observed, "low": low, "high": high})
 
-# %% ../nbs/17e_benchmark_figures.ipynb #4bd51474
+# %% ../nbs/17e_benchmark_figures.ipynb #3c8f0cd8
 def _said(results: BenchmarkResults, arm: str) -> list: # of (n,), one a seed
     "Risks within the last horizon at the test landmarks, with the largest number of labelled patients."
     return [results.oracle[:, -1]] if arm == "oracle" and results.oracle is not None else [c.risks[:, -1] for c in results.of(arm)]
@@ -396,14 +398,14 @@ def plot_arm_calibration(
         ax.vlines(t.predicted, t.low, t.high.clip(upper=top), color=style["color"], lw=1.2)
         ax.plot(t.predicted, t.observed, ms=4, lw=0.8, **style)
         ax.set(xlim=(0, top), ylim=(0, top), aspect="equal")
-        ax.set_title(_wrap(name), fontsize=_SIZE, parse_math=False, linespacing=1.0)
+        ax.set_title(_wrap(name), fontsize=_SIZE - 0.5, parse_math=False, linespacing=1.0)
         below = (t.observed < t.predicted).iloc[-1]  # the empty corner is above the line then
         ax.text(*((0.04, 0.95) if below else (0.97, 0.04)), _slope(results, name), transform=ax.transAxes, ha="left" if below else "right", va="top" if below else "bottom", fontsize=_SIZE - 0.5)
-        for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(2)); ax.yaxis.set_major_locator(MaxNLocator(4))
         _tidy(ax, "both")
     return np.ravel(axes)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #bad11c8f
+# %% ../nbs/17e_benchmark_figures.ipynb #2e881e5e
 _COSTS = {"cpu_seconds": "seconds of processor time for a fit", "seconds": "seconds for a fit", "trainable": "numbers fitted to the labels", "parameters": "parameters of the model"}
 
 
@@ -448,7 +450,8 @@ def plot_costs(
         ax.vlines(at, r.low, r.high, color=styles[r.arm]["color"], lw=1, zorder=2)
         ax.plot(at, r.value, ms=6, mew=1.2, zorder=3, **styles[r.arm] | {"ls": ""})
     _bounds(ax, rows[rows.kind == "oracle"], styles)
-    ax.set(xlabel=f"{_COSTS[against]} (log scale)", ylabel=f"C-index (higher is better), {100 * scores.level:g} % interval")
+    beside = 10 ** max(0.06 * np.ptp(np.log10(x)), 0.15)
+    ax.set(xlabel=f"{_COSTS[against]} (log scale)", xlim=(x.min() / beside, x.max() * beside), ylabel=_axis_label("c_index", scores.level))
     ax.xaxis.set_major_formatter(_short); ax.minorticks_off()
     ax.set_title("grey steps: highest estimate at this cost or less", fontsize=_SIZE, loc="left", color="0.35")
     _tidy(ax)

@@ -7,11 +7,12 @@ __all__ = ['TIME_FIELDS', 'METHODS', 'SIGNS', 'METRICS', 'STYLE', 'MACROS', 'PAG
            'Text', 'Items', 'Code', 'Heading', 'Figure', 'Table', 'Outcome', 'Overview', 'Section', 'report_sections',
            'report_markdown', 'report_html', 'draw_figures', 'write_report']
 
-# %% ../nbs/17f_report.ipynb #1b6f4a4b
+# %% ../nbs/17f_report.ipynb #2c0e9a37
 import base64
 import io
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -53,13 +54,13 @@ def without_times(
     if isinstance(contents, dict): return {k: without_times(v) for k, v in contents.items() if k not in TIME_FIELDS}
     return [without_times(v) for v in contents] if isinstance(contents, list) else contents
 
-# %% ../nbs/17f_report.ipynb #6954bb2a
+# %% ../nbs/17f_report.ipynb #ae8f4d67
 def _differences(results, scores, verdicts):
     "Rows of differences of the verdicts; of all pairs of fitted arms if the verdicts have none."
-    rows = [{"hypothesis": v.name, **_plain(asdict(d)), "level": v.level} for v in verdicts for d in v.differences]
+    rows = [{"hypothesis": v.name, **_plain(asdict(d))} for v in verdicts for d in v.differences]
     if rows: return rows
     arms = [arm for arm in results.arms if results.kinds[arm] != "control"]
-    return [{"hypothesis": None, **_plain(asdict(scores.difference(second, first))), "level": scores.level} for first, second in combinations(arms, 2)]
+    return [{"hypothesis": None, **_plain(asdict(scores.difference(second, first)))} for first, second in combinations(arms, 2)]
 
 
 def _fits(results):
@@ -68,7 +69,7 @@ def _fits(results):
     cells = sorted(results.cells, key=lambda c: (place.index(c.arm), c.n_labels, c.seed))
     return [_plain({name: getattr(c, name) for name in ("arm", "n_labels", "seed", "setting", "epochs", "parameters", "trainable", "leak", "seconds", "cpu_seconds")}) for c in cells]
 
-# %% ../nbs/17f_report.ipynb #2573acbc
+# %% ../nbs/17f_report.ipynb #dc2eb515
 def _number(value, digits=3, sign=False): return "not defined" if value is None else f"{value:{'+' if sign else ''},.{digits}f}"
 
 
@@ -90,18 +91,19 @@ def _answer(contents):
     oracle = next((r for r in contents["results"] if r["kind"] == "oracle"), None)
     cost = lambda r: "" if r["trainable"] is None else f" with {_count(r['trainable'])} trainable parameter{'s' if r['trainable'] != 1 else ''}"
     if first is None: return [f"With {n:,} labelled patients no arm could be judged."]
-    said = [f"With {n:,} labelled patients {first['arm']} ranks patients best: C-index {_interval(first, 'c_index')}{cost(first)}."]
-    beside = [f"{what}, {r['arm']}, {_interval(r, 'c_index')}{cost(r) if r is simple else ''}" for r, what in ((simple, "the best arm without a network"), (control, "the control")) if r and r is not first]
+    said = [f"With {n:,} labelled patients the highest C-index is that of “{first['arm']}”: {_interval(first, 'c_index')}{cost(first)}."]
+    beside = [f"{what}, “{r['arm']}”, {_interval(r, 'c_index')}{cost(r) if r is simple else ''}" for r, what in ((simple, "the best arm without a network"), (control, "the control")) if r and r is not first]
     if oracle: beside.append(f"the oracle, which knows the true risks, {_interval(oracle, 'c_index')}")
-    return said + ([f"Beside it: {'; '.join(beside)}."] if beside else []) + [v["words"] for v in contents["verdicts"] if v["name"] == "H5" and v["differences"]]
+    return said + ([f"For comparison: {'; '.join(beside)}."] if beside else []) + [f"{v['question']} {' '.join(re.split(r'(?<=[.!?]) ', v['words'])[:2])}" for v in contents["verdicts"] if v["name"] == "H5" and v["differences"]]
 
-# %% ../nbs/17f_report.ipynb #498ee6de
+# %% ../nbs/17f_report.ipynb #58b4b1a8
 def _checked(results):
     "What would have been a red flag."
-    said = [f"The risks of all {len(results.cells):,} fits were asked for again with everything after the landmark taken away; none of them moved."]
-    if "control" in results.kinds.values(): said.append("Every trained arm ranks better than the control, which knows only how often somebody came.")
-    if results.oracle is not None: said.append("No arm ranks better than the oracle, which knows the true risks, beyond the interval.")
-    return said
+    control, n = next((arm for arm in results.arms if results.kinds[arm] == "control"), None), results.test.n_patients_with_event
+    said = [f"The risks of all {len(results.cells):,} fits were asked for again with everything after the landmark taken away; none of them moved.", f"{n:,} test patients have the event, and there are {len(results.seeds)} seeds, of which no fit is missing."]
+    if control: said.append(f"Every other arm ranks better than the control, “{control}”, with every number of labelled patients, and not by chance.")
+    if results.oracle is not None: said.append("No C-index lies above that of the oracle, which knows the true risks, beyond the interval.")
+    return said + ["With the most labelled patients no arm's risks are off by a factor of two or more."]
 
 
 METHODS = (
@@ -111,8 +113,8 @@ METHODS = (
     "Brier score: the mean squared distance between risk and what happened, weighted for censoring; 0 is perfect. AUC: the same question as the C-index, about who has had the event by one day. Observed over expected: events observed (Kaplan-Meier) over events predicted; 1 is right, above 1 the risks are too low.",
     "Leak check: each fit is asked again after everything after the landmark is taken out of the record. A risk that moves has seen the future.")
 
-# %% ../nbs/17f_report.ipynb #681fa338
-def _limits(results, scores):
+# %% ../nbs/17f_report.ipynb #2ade63ab
+def _limits(results):
     "What these results cannot show, as far as it follows from their form."
     seeds = len(results.seeds)
     said = [f"{seeds} seed{'s' if seeds > 1 else ''}, one split. " + ("Intervals cover the draw of test patients and of seeds; so few seeds tell little about how much training itself varies." if seeds > 1 else "Intervals cover the draw of test patients. What another draw of labelled patients or of initial weights would give is not in them.")]
@@ -136,7 +138,7 @@ def report_contents(
         "horizons_days": _plain(results.horizons), "sizes": results.sizes, "seeds": results.seeds, "level": scores.level, "n_resamples": scores.n_resamples, "test": test,
         "results": _records(scores.table), "over_time": _records(scores.over_time), "verdicts": [_plain(asdict(v)) for v in verdicts], "differences": _differences(results, scores, verdicts),
         "fits": _fits(results), "methods": [*METHODS, f"Intervals: {100 * scores.level:g} %, from {scores.n_resamples:,} bootstrap draws of patients, with all their landmarks, and of seeds. All arms and sizes get the same draws, so differences are paired.", *about.pop("methods", [])],
-        "limits": _limits(results, scores) + about.pop("limits", []), "about": about}
+        "limits": _limits(results) + list(scores.notes) + about.pop("limits", []), "about": about}
     return contents | {"answer": _answer(contents)}
 
 # %% ../nbs/17f_report.ipynb #1d6330df
@@ -264,8 +266,8 @@ def _first(contents):
     verdicts = [Overview([(v["name"], v["question"], v["outcome"]) for v in contents["verdicts"]])] if _has_verdicts(contents) else []
     return Section("answer", "The answer", [warn, Text(" ".join(contents["answer"])), *verdicts, table, contents["figures"].get("arms")])
 
-# %% ../nbs/17f_report.ipynb #ce665061
-METRICS = {"c_index": "C-index", "brier": "Brier score", "gap": "gap of C-index, training minus test", "auc": "AUC", "integrated_brier": "integrated Brier score", "scaled_brier": "scaled Brier score"}
+# %% ../nbs/17f_report.ipynb #ca68416f
+METRICS = {"c_index": "C-index", "relative_c_index": "C-index, relative", "brier": "Brier score", "integrated_brier": "integrated Brier score", "gap": "gap, training minus test", "train_c_index": "C-index, training"}
 
 
 def _has_verdicts(contents): return any(row["hypothesis"] for row in contents["differences"])
@@ -274,30 +276,40 @@ def _has_verdicts(contents): return any(row["hypothesis"] for row in contents["d
 def _p_value(p): return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _of_difference(row):
+    "A difference with its interval; a relative one in per cent."
+    if row["metric"] != "relative_c_index": return _interval(row, sign=True)
+    value, low, high = ("not defined" if row[k] is None else f"{100 * row[k]:+.1f} %" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def _difference_table(rows, caption):
     "Differences, one a row."
     return Table(caption, ["first", "second", "labelled patients", "metric", "first minus second (interval)", "level", "p"],
-        [[d["first"], d["second"], _count(d["n_labels"]), METRICS.get(d["metric"], d["metric"]), _interval(d, sign=True), f"{100 * d['level']:g} %", _p_value(d.get("p_value"))] for d in rows])
+        [[d["first"], d["second"], _count(d["n_labels"]), METRICS.get(str(d["metric"]), str(d["metric"])), _of_difference(d), f"{100 * d['level']:.4g} %", _p_value(d.get("p_value"))] for d in rows])
 
 
 def _verdicts(contents):
     "A card for each hypothesis; all differences if there is none."
-    figure = contents["figures"].get("differences")
+    figure, reasons = contents["figures"].get("differences"), {}
+    for v in contents["verdicts"]: reasons.setdefault(v["note"] or v["words"], []).append(v["name"])
     if not _has_verdicts(contents):
-        return Section("verdicts", "Differences", [Text("The arms that the hypotheses are about were not all run, so none of them is decided. These are the differences of all pairs of arms that were. No hypothesis was stated before, and many intervals are looked at together: some of them miss zero by chance."),
+        return Section("verdicts", "Differences", [Text("None of the hypotheses of this benchmark could be decided:"), Items([f"{', '.join(names)}: {why}" for why, names in reasons.items()]), Text("In their place stand the differences of all pairs of arms. No hypothesis about them was stated before, and many intervals are looked at together: some of them miss zero by chance."),
             _difference_table(contents["differences"], "Differences of all pairs of arms with the most labelled patients.")])
-    cards = [Outcome(v["name"], v["question"], v["outcome"], v["words"], v["note"], _difference_table([d | {"level": v["level"]} for d in v["differences"]], f"The numbers behind {v['name']}.") if v["differences"] else None) for v in contents["verdicts"]]
+    words = {v["name"]: v["words"].removeprefix(f"{v['outcome'].capitalize()}. ") for v in contents["verdicts"]}  # the badge says it
+    cards = [Outcome(v["name"], v["question"], v["outcome"], words[v["name"]], "" if v["note"] in v["words"] else v["note"], _difference_table(v["differences"], f"The numbers behind {v['name']}; the first decides.") if v["differences"] else None) for v in contents["verdicts"]]
     found = {r["arm"]: r for r in _at_largest(contents)}
     expected = [[e["arm"], e["text"], _interval(found[e["arm"]], "c_index") if e["arm"] in found else "not run", _count(found[e["arm"]]["trainable"]) if e["arm"] in found else ""] for e in contents["about"].get("expected", [])]
     table = [Heading("Beside what was expected"), Table("What was expected before, and what was found with the most labelled patients.", ["arm", "expected", "C-index found", "trainable parameters found"], expected)] if expected else []
-    return Section("verdicts", "Hypotheses and verdicts", [Text("Each hypothesis was stated before the run and could fail. Supported and refuted mean that the whole interval lies on one side; not decided means that these data allow both."), *cards, figure, *table])
+    return Section("verdicts", "Hypotheses and verdicts", [Text("Each hypothesis was stated before the run and could fail. Supported and refuted are said only where the whole interval says so. Not decided is not “no difference”: these data allow both."), *cards, figure, *table])
 
-# %% ../nbs/17f_report.ipynb #221016dd
+# %% ../nbs/17f_report.ipynb #20a84c4f
 def _by_size(contents, metric, caption, folded=False):
     "Arms by numbers of labelled patients."
     arms = {r["arm"]: r for r in contents["results"]}
     cell = {(r["arm"], r["n_labels"]): _interval(r, metric) for r in contents["results"]}
-    rows = [[_arm_name(r), *(cell.get((arm, n), cell.get((arm, None), "")) for n in contents["sizes"])] for arm, r in arms.items()]
+    shown = lambda arm, n: cell.get((arm, n), cell.get((arm, None), "") if metric != "gap" or n == contents["sizes"][-1] else "")  # what is true needs no labels; its gap is that of the patients asked about
+    rows = [[_arm_name(r), *(shown(arm, n) for n in contents["sizes"])] for arm, r in arms.items()]
     return Table(caption, ["arm", *(f"{n:,} patients" for n in contents["sizes"])], rows, looks=_look(arms.values()), folded=folded)
 
 
@@ -313,7 +325,8 @@ def _over_time(contents, metric, caption):
     "Arms by horizons."
     rows = [r for r in contents["over_time"] if r["metric"] == metric and r["n_labels"] in (contents["sizes"][-1], None)]
     value = {(r["arm"], r["horizon"]): _number(r["value"]) for r in rows}
-    arms = {r["arm"]: r for r in _at_largest(contents) if any(r["arm"] == arm for arm, _ in value)}
+    arms = {r["arm"]: r for r in (*_at_largest(contents), *({"arm": r["arm"], "kind": ""} for r in rows))}
+    arms = {arm: r for arm, r in arms.items() if any(arm == other for other, _ in value)}
     horizons = sorted({r["horizon"] for r in rows})
     return Table(caption, ["arm", *map(_years, horizons)], [[_arm_name(r), *(value.get((arm, h), "") for h in horizons)] for arm, r in arms.items()], looks=_look(arms.values()))
 
@@ -324,7 +337,7 @@ def _risks(contents):
     table = Table(f"Level and spread of the risks at {_years(contents['horizons_days'][-1])}, with {n:,} labelled patients.", ["arm", "observed / expected", "calibration slope", f"integrated Brier score ({_level(contents)} interval)"],
         [[_arm_name(r), _number(r["observed_expected"], 2), _number(r["calibration_slope"], 2), _interval(r, "integrated_brier")] for r in _at_largest(contents)], looks=_look(_at_largest(contents)))
     return Section("risks", "How good the risks are", [Text("To rank patients is one thing; that twenty in a hundred have the event among those who are told twenty per cent is another. A slope below 1 means that the risks are spread too far: the high ones too high, the low ones too low."),
-        Heading("Calibration"), figures.get("calibration"), table, Heading("Brier score over time"), figures.get("brier_over_time"), _over_time(contents, "brier", "Brier score by the time from the landmark; lower is better. It grows with the time, since more events are to be foreseen."),
+        Heading("Calibration"), figures.get("calibration"), table, Heading("Brier score over time"), figures.get("brier_over_time"), _over_time(contents, "brier", "Brier score by the time from the landmark; lower is better. It grows with the time, since more events are to be foreseen; “the same for all” gives everybody the average risk."),
         Heading("AUC over time"), figures.get("auc_over_time"), _over_time(contents, "auc", "AUC by the time from the landmark; 0.5 is chance. Intervals are in results.json.")])
 
 # %% ../nbs/17f_report.ipynb #8d260a8d
@@ -442,7 +455,7 @@ def report_markdown(
     for section in sections: parts += [f"## {_md(section.title)}", *map(_markdown, section.blocks)]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/17f_report.ipynb #5a4335b2
+# %% ../nbs/17f_report.ipynb #1070862f
 STYLE = """:root { color-scheme: light dark; --ground: #ffffff; --card: #f5f7f9; --text: #1b1f24; --muted: #545c66; --line: #d5dae0; --link: #0b57a4;
   --good: #0b6b45; --bad: #a3242b; --open: #555d68; --on: #ffffff; --warn: #fdecea; --warn-text: #7a1218; --calm: #e9f5ef; --calm-text: #0c4f35; --shade: #eef2f6; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181d; --card: #1d232a; --text: #e8ebee; --muted: #aab3bd; --line: #39424c; --link: #8cbcf5;
@@ -450,7 +463,7 @@ STYLE = """:root { color-scheme: light dark; --ground: #ffffff; --card: #f5f7f9;
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: break-word; }
-header, main, footer, nav { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; }
+header, main, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 2.2rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .8rem; text-wrap: balance; }
 h2 { font-size: 1.35rem; margin: 2.8rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--line); }
@@ -458,8 +471,8 @@ h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
 p, ul { margin: .6rem 0; max-width: 50rem; }
 ul { padding-left: 1.25rem; } li { margin: .25rem 0; }
 a { color: var(--link); }
-nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; max-width: none; font-size: .9rem; }
-.lead { font-size: 1.1rem; }
+nav { padding: 0; } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; max-width: none; font-size: .9rem; }
+.lead { font-size: 1.1rem; } .answer > p { font-size: 1.08rem; }
 .box { border-left: 5px solid; border-radius: 4px; padding: .8rem 1.1rem; margin: 1rem 0 1.4rem; }
 .box h3 { margin: 0 0 .3rem; }
 .flags { background: var(--warn); color: var(--warn-text); border-color: var(--bad); }
@@ -467,7 +480,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padd
 .calm { background: var(--calm); color: var(--calm-text); border-color: var(--good); font-size: .92rem; }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #37fc8ae9
+# %% ../nbs/17f_report.ipynb #216cf771
 STYLE += """
 .verdict { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; }
 .verdict h3 { margin: 0 0 .4rem; }
@@ -477,7 +490,8 @@ STYLE += """
 .scroll { overflow-x: auto; margin: 1rem 0 1.4rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 22rem; }
-caption { text-align: left; color: var(--muted); padding: 0 0 .5rem; max-width: 50rem; }
+caption { text-align: left; color: var(--muted); padding: 0 0 .5rem; }
+caption span { display: block; position: sticky; left: 0; max-width: min(50rem, calc(100vw - 4.8rem)); }
 th, td { text-align: left; padding: .38rem .8rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child { padding-left: .5rem; }
 thead th { border-bottom: 2px solid var(--muted); vertical-align: bottom; font-weight: 600; }
@@ -490,15 +504,15 @@ figure img { display: block; background: #ffffff; border-radius: 4px; max-width:
 figcaption { color: var(--muted); font-size: .9rem; max-width: 50rem; margin-top: .5rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: .8rem 1rem; overflow-x: auto; font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer { color: var(--muted); font-size: .88rem; padding-top: 1.5rem; padding-bottom: 3rem; }
-@media (max-width: 40rem) { h1 { font-size: 1.45rem; } .lead { font-size: 1rem; } header, main, footer, nav { padding-left: .9rem; padding-right: .9rem; } figure img { max-width: none; width: 40rem; } }
+@media (max-width: 40rem) { h1 { font-size: 1.45rem; } .lead { font-size: 1rem; } header, main, footer { padding-left: .9rem; padding-right: .9rem; } figure img { max-width: none; width: 36rem; } th, td { min-width: 5.2rem; } tbody th, thead th:first-child { min-width: 8.5rem; } }
 @media print { body { font-size: 10pt; } nav { display: none; } h2 { break-after: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; } figure, .verdict, tr { break-inside: avoid; } header, main, footer { max-width: none; padding: 0; } figure img { max-width: 100%; width: auto; } }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #ac57270f
+# %% ../nbs/17f_report.ipynb #0b761a26
 MACROS = """
 {%- macro table(t) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ t.caption }}"><table>
-<caption>{{ t.caption }}</caption>
+<caption><span>{{ t.caption }}</span></caption>
 <thead><tr>{% for c in t.columns %}<th scope="col"{% if numeric(t, loop.index0) %} class="num"{% endif %}>{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>
 {%- for row in t.rows %}
@@ -532,7 +546,7 @@ MACROS = """
 {%- endmacro -%}
 """
 
-# %% ../nbs/17f_report.ipynb #5a96299a
+# %% ../nbs/17f_report.ipynb #7a029367
 PAGE = """
 <!DOCTYPE html>
 <html lang="en">
@@ -548,7 +562,7 @@ PAGE = """
 <p class="lead">{{ asked }}</p></header>
 <main>
 {%- for section in sections %}
-<section id="{{ section.anchor }}" aria-labelledby="{{ section.anchor }}-title"><h2 id="{{ section.anchor }}-title">{{ section.title }}</h2>
+<section id="{{ section.anchor }}" class="{{ section.anchor }}" aria-labelledby="{{ section.anchor }}-title"><h2 id="{{ section.anchor }}-title">{{ section.title }}</h2>
 {%- for block in section.blocks %}{{ write(block) }}{% endfor %}
 </section>
 {%- if loop.first %}
@@ -564,7 +578,7 @@ PAGE = """
 
 def _numeric(table, column):
     "Is every cell of this column a number, with or without an interval and a unit?"
-    return column > 0 and all(not row[column] or row[column][0] in "+-<0123456789" or row[column] == "not defined" for row in table.rows)
+    return column > 0 and table.columns[column] not in ("value", "date or time", "expected") and all(not row[column] or row[column][0] in "+-<0123456789" or row[column] == "not defined" for row in table.rows)
 
 
 def report_html(

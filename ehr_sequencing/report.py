@@ -480,7 +480,7 @@ nav { padding: 0; } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; li
 .calm { background: var(--calm); color: var(--calm-text); border-color: var(--good); font-size: .92rem; }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #216cf771
+# %% ../nbs/17f_report.ipynb #3ec0cbc4
 STYLE += """
 .verdict { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; }
 .verdict h3 { margin: 0 0 .4rem; }
@@ -500,12 +500,12 @@ td.num, th.num { text-align: right; white-space: nowrap; } th.num { white-space:
 tr.control, tr.oracle { background: var(--shade); } tr.control th, tr.oracle th { font-style: italic; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--link); }
 figure { margin: 1.2rem 0 1.6rem; }
-figure img { display: block; background: #ffffff; border-radius: 4px; max-width: 100%; height: auto; }
+figure img { display: block; background: #ffffff; border-radius: 4px; width: 700px; max-width: 100%; height: auto; }
 figcaption { color: var(--muted); font-size: .9rem; max-width: 50rem; margin-top: .5rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: .8rem 1rem; overflow-x: auto; font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer { color: var(--muted); font-size: .88rem; padding-top: 1.5rem; padding-bottom: 3rem; }
-@media (max-width: 40rem) { h1 { font-size: 1.45rem; } .lead { font-size: 1rem; } header, main, footer { padding-left: .9rem; padding-right: .9rem; } figure img { max-width: none; width: 36rem; } th, td { min-width: 5.2rem; } tbody th, thead th:first-child { min-width: 8.5rem; } }
-@media print { body { font-size: 10pt; } nav { display: none; } h2 { break-after: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; } figure, .verdict, tr { break-inside: avoid; } header, main, footer { max-width: none; padding: 0; } figure img { max-width: 100%; width: auto; } }
+@media (max-width: 40rem) { h1 { font-size: 1.45rem; } .lead { font-size: 1rem; } header, main, footer { padding-left: .9rem; padding-right: .9rem; } figure img { max-width: none; width: 480px; } th, td { min-width: 5.2rem; } tbody th, thead th:first-child { min-width: 8.5rem; } }
+@media print { body { font-size: 10pt; } nav { display: none; } h2 { break-after: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; } figure, .verdict, tr { break-inside: avoid; } header, main, footer { max-width: none; padding: 0; } figure img { width: 13cm; } }
 """.strip()
 
 # %% ../nbs/17f_report.ipynb #0b761a26

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['arm_styles', 'plot_label_efficiency', 'plot_arms', 'plot_differences', 'plot_metric_over_time', 'arm_calibration',
-           'plot_arm_calibration', 'plot_costs']
+           'plot_arm_calibration', 'plot_costs', 'describe_label_efficiency', 'describe_arms', 'describe_differences',
+           'describe_metric_over_time', 'describe_arm_calibration', 'describe_costs']
 
 # %% ../nbs/17e_benchmark_figures.ipynb #4747eabe
 import textwrap
@@ -59,7 +60,7 @@ def _spread(wanted, heights, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     placed[order] = isotonic_regression(wanted[order] - below, y_min=begin, y_max=begin + room - h.sum()) + below
     return placed
 
-# %% ../nbs/17e_benchmark_figures.ipynb #907ff4b0
+# %% ../nbs/17e_benchmark_figures.ipynb #8d99dbff
 def _new_axes(height: float, width: float = 5.0):
     "Axes of a figure for the width of a page, which can still be read at half of it."
     import matplotlib.pyplot as plt
@@ -98,10 +99,10 @@ def _key(ax, entries: list, leaders: bool = True):
 def _fewer_ticks(ax):
     "Leave out labels of the horizontal axis that would touch the next one on their right; the last stays."
     ax.figure.canvas.figure.draw_without_rendering()
-    left = np.inf
-    for label in sorted(ax.get_xticklabels(), key=lambda t: -t.get_window_extent().x0):
+    left, ends = np.inf, sorted(ax.get_xlim())
+    for at, label in sorted(zip(ax.get_xticks(), ax.get_xticklabels()), key=lambda t: -t[0]):
         box = label.get_window_extent()
-        if not label.get_text(): continue
+        if not label.get_text() or not ends[0] <= at <= ends[1]: continue
         if box.x1 + 3 * ax.figure.dpi / 72 > left: label.set_visible(False)
         else: left = box.x0
 
@@ -230,40 +231,60 @@ def plot_arms(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #e39a084f
+# %% ../nbs/17e_benchmark_figures.ipynb #72543505
+_DRAWN = {"c_index": "", "gap": ", training minus test"} # metrics on the axis of a difference in C -> what is said of them
+
+
+def _asked_rows(verdict, others: bool) -> list: # of (label, difference, whether it is the primary one)
+    "What a verdict compares, on the scale of C. The second of two lines with the same arms says only how many patients."
+    found, last = [], None
+    for d in verdict.differences:
+        primary = (d.first, d.n_labels, d.metric) == (verdict.differences[0].first, verdict.differences[0].n_labels, verdict.differences[0].metric)
+        if d.metric not in _DRAWN or not (primary or others) or not np.isfinite([d.value, d.low, d.high]).all(): continue
+        whole = f"{d.first} \u2212 {d.second}{_DRAWN[d.metric]}"
+        label = f"with {d.n_labels:,} patients" if (d.first, d.second) == last else whole if len(whole) <= 27 else f"{_wrap(d.first, 26)}\n\u2212 " + _wrap(f"{d.second}{_DRAWN[d.metric]}", 22)
+        found.append((label, d, primary)); last = d.first, d.second
+    return found
+
+
 def plot_differences(
     verdicts: list, # of `Verdict`
     margin: float = 0.01, # differences in C within it are taken for none
+    others: bool = False, # draw the side questions too
     ax=None, # matplotlib axes, of a figure with layout="constrained"; new ones if None
 ): # -> the axes
-    "The differences on which verdicts rest, with their intervals, zero, and the margin of equivalence. Raises `ValueError` if there is none."
-    labels, rows, texts = [], [], []
+    "The differences in C on which verdicts rest, with their intervals, zero, and the margin of equivalence. Raises `ValueError` if there is none."
+    labels, rows, texts, styles = [], [], [], []
     for v in verdicts:
-        shown = [d for d in v.differences if d.metric in _DRAWN and np.isfinite([d.value, d.low, d.high]).all()]
-        if not shown: continue
-        labels, rows, texts = [*labels, f"{v.name}: {v.outcome}"], [*rows, None], [*texts, ""]
-        for d in shown:
-            labels.append(f"{_wrap(d.first, 26)}\n\u2212 {_wrap(d.second, 24)}" + _DRAWN[d.metric])
-            rows.append((d.value, d.low, d.high)); texts.append(_three(rows[-1]))
-    if not rows: raise ValueError("verdicts: there is no difference in concordance to be drawn")
+        asked = _asked_rows(v, others)
+        labels.append(f"{v.name}: {v.outcome}" + (f" ({100 * asked[0][1].level:.4g} %)" if asked else "")); rows.append(None); texts.append(""); styles.append({})
+        for label, d, primary in asked:
+            labels.append(label); rows.append((d.value, d.low, d.high)); texts.append(_three(rows[-1]))
+            styles.append({"color": "#222222" if primary else "#777777", "marker": "D", "mfc": "#222222" if primary else "white"})
+    if not any(rows): raise ValueError("verdicts: there is no difference in concordance to be drawn")
     y = _places(labels, [i for i, row in enumerate(rows) if row is None])
-    if ax is None: ax = _new_axes(0.9 - 0.145 * y[-1])
+    if ax is None: ax = _new_axes(1.1 - 0.145 * y[-1])
     ax.axvspan(-margin, margin, color="#0072B2", alpha=0.12, lw=0, zorder=0)
     ax.axvline(0, color="0.3", lw=0.9, zorder=1)
-    _forest(ax, y, labels, rows, [{"color": "#222222", "marker": "D", "mfc": "#222222"}] * len(rows), texts)
+    _forest(ax, y, labels, rows, styles, texts)
     for label, row in zip(ax.get_yticklabels(), rows):
         if row is None: label.set_fontweight("bold")
-    ax.set_xlabel(f"difference in C-index; shaded: \u00b1{margin:g}, taken for none")
+    ax.set_xlabel(f"difference in C-index, with interval\nshaded: \u00b1{margin:g}, taken for none" + ("; hollow: side questions" if any(s.get("mfc") == "white" for s in styles) else ""))
     _fewer_ticks(ax)
     return ax
 
-
-_DRAWN = {"c_index": "", "gap": "\n(training minus test)"} # metrics on the axis of a difference in C -> what is said of them
-
-# %% ../nbs/17e_benchmark_figures.ipynb #f89f3a58
+# %% ../nbs/17e_benchmark_figures.ipynb #333b0ccf
 def _span(days: float) -> str:
     "Days below a year, years from there on."
     return f"{days:g} d" if days < 360 else f"{days / 365.25:.2g} y"
+
+
+def _over_time(scores, metric: str) -> pd.DataFrame:
+    "The rows of a metric. Raises `ValueError` if there is none."
+    table = scores.over_time[scores.over_time.metric == metric]
+    if metric not in _SCORES or not len(table): raise ValueError(f"metric: expected one of {', '.join(scores.over_time.metric.unique())}, got {metric!r}")
+    if metric != "scaled_brier": return table
+    return pd.concat([table, pd.DataFrame({"arm": NULL, "horizon": np.sort(table.horizon.unique()), "value": 0.0, "low": 0.0, "high": 0.0})], ignore_index=True)  # by definition
 
 
 def plot_metric_over_time(
@@ -272,21 +293,24 @@ def plot_metric_over_time(
     ax=None, # matplotlib axes, of a figure with layout="constrained"; new ones if None
 ): # -> the axes
     "A score at each horizon, with the largest number of labelled patients, beside the oracle and the risk that is the same for all. Raises `ValueError` for another metric."
-    table = scores.over_time[scores.over_time.metric == metric]
-    if metric not in ("brier", "scaled_brier", "auc") or not len(table): raise ValueError(f"metric: expected one of {', '.join(scores.over_time.metric.unique())}, got {metric!r}")
+    table = _over_time(scores, metric)
     kinds, horizons = dict(zip(scores.table.arm, scores.table.kind)), sorted(table.horizon.unique())
     styles = arm_styles(kinds) | {NULL: {"color": "#777777", "marker": "", "mfc": "#777777", "ls": (0, (1, 1))}}
     names = {name: _in_words(name, kinds.get(name)) for name in table.arm.unique()}
     if ax is None: ax = _new_axes(max(5.0, 0.8 + _key_height(names.values())))
-    moved = [name for kind in ("control", "baseline", "network") for name in names if kinds.get(name) == kind]
-    ends = []
+    moved, ends = [name for kind in ("control", "baseline", "network") for name in names if kinds.get(name) == kind], []
     for name in names:
-        mine, style = table[table.arm == name].sort_values("horizon"), styles[name] | ({"marker": ""} if kinds.get(name) == "oracle" else {})
-        x = np.searchsorted(horizons, mine.horizon) + (0.66 * (moved.index(name) - (len(moved) - 1) / 2) / max(len(moved) - 1, 4) if name in moved else 0)
-        if name in moved: ax.vlines(x, mine.low, mine.high, color=style["color"], lw=0.9, alpha=0.8 if len(moved) <= 5 else 0.4, zorder=2)
-        elif kinds.get(name) == "oracle": ax.fill_between(x, mine.low, mine.high, color=style["color"], alpha=0.12, lw=0, zorder=0)
-        ax.plot(x, mine.value, ms=3.5, lw=0.9, mew=0.9, zorder=3, **style)
-        ends.append((names[name], mine.value.iloc[-1], style))
+        mine, style = table[table.arm == name].sort_values("horizon"), styles[name]
+        at = np.searchsorted(horizons, mine.horizon).astype(float)
+        if name in moved:
+            at += 0.7 * (moved.index(name) - (len(moved) - 1) / 2) / max(len(moved) - 1, 4)
+            ax.vlines(at, mine.low, mine.high, color=style["color"], lw=0.9, alpha=0.8, zorder=2)
+            ax.plot(at, mine.value, ms=3.5, mew=0.9, zorder=3, **style | {"ls": ""})
+        else:
+            ax.hlines(mine.value, at - 0.43, at + 0.43, color=style["color"], ls=style["ls"], lw=1.3, zorder=1)
+            if name != NULL: ax.bar(at, mine.high - mine.low, 0.86, mine.low, color=style["color"], alpha=0.1, lw=0, zorder=0)
+        ends.append((names[name], mine.value.iloc[-1], style | ({"ls": ""} if name in moved else {"marker": ""})))
+    ax.use_sticky_edges = False
     label, better = _SCORES[metric]
     ax.set(xlabel="time since the landmark (not to scale)", ylabel=f"{label} ({better} is better), {100 * scores.level:g} % interval", xlim=(-0.5, len(horizons) - 0.5))
     ax.set_xticks(range(len(horizons)), [_span(h) for h in horizons])
@@ -379,7 +403,7 @@ def plot_arm_calibration(
         _tidy(ax, "both")
     return np.ravel(axes)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #ada8b634
+# %% ../nbs/17e_benchmark_figures.ipynb #bad11c8f
 _COSTS = {"cpu_seconds": "seconds of processor time for a fit", "seconds": "seconds for a fit", "trainable": "numbers fitted to the labels", "parameters": "parameters of the model"}
 
 
@@ -396,17 +420,23 @@ def _frontier(cost, value) -> np.ndarray: # positions, by cost
     return np.array(found)
 
 
+def _costs(scores, against: str) -> tuple: # arms with their scores, and (arms,) what each costs, at least a thousandth of a second or one parameter
+    "Raises `ValueError` for another cost, or if no arm has any."
+    if against not in _COSTS: raise ValueError(f"against: expected one of {', '.join(_COSTS)}, got {against!r}")
+    rows = _largest(_scored(scores, "c_index"))
+    costs = scores.table.dropna(subset=["n_labels", against]).set_index(["arm", "n_labels"])[against].astype(float)
+    rows = rows[[(r.arm, r.n_labels) in costs.index for r in rows.itertuples()]].reset_index(drop=True)
+    if not len(rows): raise ValueError(f"scores: no arm has {against}, so that there is nothing to draw")
+    return rows, np.array([costs[r.arm, r.n_labels] for r in rows.itertuples()]).clip(0.001 if "seconds" in against else 1)
+
+
 def plot_costs(
     scores, # `BenchmarkScores`
     against: str = "cpu_seconds", # or "seconds", "trainable", "parameters"
     ax=None, # matplotlib axes, of a figure with layout="constrained"; new ones if None
 ): # -> the axes
     "C-index against what an arm costs, with the largest number of labelled patients. Raises `ValueError` for another cost."
-    if against not in _COSTS: raise ValueError(f"against: expected one of {', '.join(_COSTS)}, got {against!r}")
-    rows = _largest(_scored(scores, "c_index"))
-    costs = scores.table.dropna(subset="n_labels").set_index(["arm", "n_labels"])[against].astype(float)
-    arms = rows[rows.kind != "oracle"].reset_index(drop=True)
-    cost = np.array([costs[r.arm, r.n_labels] for r in arms.itertuples()]).clip(0.001 if "seconds" in against else 1)
+    (arms, cost), rows = _costs(scores, against), _largest(_scored(scores, "c_index"))
     styles, names = arm_styles(dict(zip(rows.arm, rows.kind))), {r.arm: _in_words(r.arm, r.kind) for r in rows.itertuples()}
     if ax is None: ax = _new_axes(max(4.4, 0.8 + _key_height(names.values())))
     ax.set_xscale("log")
@@ -425,3 +455,83 @@ def plot_costs(
     _key(ax, [(names[r.arm], r.value, styles[r.arm] | ({"marker": ""} if r.kind == "oracle" else {"ls": ""})) for r in rows.itertuples()], leaders=False)
     _fewer_ticks(ax)
     return ax
+
+# %% ../nbs/17e_benchmark_figures.ipynb #2672d1ab
+def _number(row) -> str:
+    "A value with its interval, in a sentence."
+    told = f"{row.value:.3f}" + (f" ({row.low:.3f} to {row.high:.3f})" if np.isfinite([row.low, row.high]).all() else "")
+    return told.replace("-", "\u2212")
+
+
+def _best_and_worst(rows: pd.DataFrame, better: str) -> str:
+    "Of the arms that are neither control nor oracle."
+    arms = rows[rows.kind.isin(["baseline", "network"])].sort_values("value", ascending=better == "lower", kind="stable")
+    told = [f"{word} {arms.arm.iloc[i]}, {_number(arms.iloc[i])}" for word, i in (("best", 0), ("worst", -1))[:len(arms)]]
+    return "; ".join(told) or "no arm but the control"
+
+
+def _floor_and_ceiling(rows: pd.DataFrame) -> str:
+    "A sentence on control and oracle, if there is one of them."
+    told = [f"{'the oracle' if r.kind == 'oracle' else f'the control ({r.arm})'} {_number(r)}" for kind in ("oracle", "control") for r in rows[rows.kind == kind].itertuples()]
+    return f" For comparison: {', '.join(told)}." if told else ""
+
+
+def describe_label_efficiency(
+    scores, # `BenchmarkScores`
+    metric: str = "c_index", # as in `plot_label_efficiency`
+) -> str:
+    "What `plot_label_efficiency` shows, for those who cannot see it."
+    rows, (label, better) = _scored(scores, metric), _SCORES[metric]
+    sizes = sorted(rows.n_labels.dropna().unique())
+    told = [f"With {n:,} patients: {_best_and_worst(rows[rows.n_labels == n], better)}." for n in dict.fromkeys((sizes[0], sizes[-1]))]
+    return f"{label} of each arm with its {100 * scores.level:g} % interval against the number of labelled patients, {better} is better. {' '.join(told)}{_floor_and_ceiling(_largest(rows))}"
+
+
+def describe_arms(
+    scores, # `BenchmarkScores`
+    metric: str = "c_index", # as in `plot_arms`
+) -> str:
+    "What `plot_arms` shows, for those who cannot see it."
+    rows, (label, better) = _largest(_scored(scores, metric)), _SCORES[metric]
+    return f"{label} of {(rows.kind != 'oracle').sum()} arms with {rows.n_labels.dropna().max():,} labelled patients and {100 * scores.level:g} % intervals, the best on top: {_best_and_worst(rows, better)}.{_floor_and_ceiling(rows)}"
+
+
+def describe_differences(
+    verdicts: list, # of `Verdict`
+    margin: float = 0.01, # as in `plot_differences`
+) -> str:
+    "What `plot_differences` shows of the main questions, for those who cannot see it."
+    told = [f"{v.name}, {v.outcome}: " + (", ".join(f"{d.first} minus {d.second}{_DRAWN[d.metric]} {_number(d)}" for _, d, _ in _asked_rows(v, False)) or "nothing to compare") for v in verdicts]
+    return f"Differences in C-index with their intervals beside zero and a margin of \u00b1{margin:g}. {'; '.join(told)}."
+
+# %% ../nbs/17e_benchmark_figures.ipynb #c187a7dd
+def describe_metric_over_time(
+    scores, # `BenchmarkScores`
+    metric: str = "brier", # as in `plot_metric_over_time`
+) -> str:
+    "What `plot_metric_over_time` shows, for those who cannot see it."
+    table, (label, better) = _over_time(scores, metric), _SCORES[metric]
+    rows = table.assign(kind=table.arm.map(dict(zip(scores.table.arm, scores.table.kind))))
+    told = [f"At {_span(h)}: {_best_and_worst(rows[rows.horizon == h], better)}.{_floor_and_ceiling(rows[rows.horizon == h])}" for h in dict.fromkeys((rows.horizon.min(), rows.horizon.max()))]
+    return f"{label} of each arm at {rows.horizon.nunique()} times after the landmark, {better} is better. {' '.join(told)}"
+
+
+def describe_arm_calibration(
+    results: BenchmarkResults,
+    arms=None, # as in `plot_arm_calibration`
+) -> str:
+    "What `plot_arm_calibration` shows, for those who cannot see it."
+    last = arm_calibration(results, arms).groupby("arm", sort=False).tail(1)
+    told = [f"{r.arm} {r.predicted:.2f} predicted, {r.observed:.2f} observed ({r.low:.2f} to {r.high:.2f})" for r in last.itertuples()]
+    return f"Observed against predicted risk within {_span(results.horizons[-1])}, in groups of predicted risk, one panel an arm. In the group of the highest risk: {'; '.join(told)}."
+
+
+def describe_costs(
+    scores, # `BenchmarkScores`
+    against: str = "cpu_seconds", # as in `plot_costs`
+) -> str:
+    "What `plot_costs` shows, for those who cannot see it."
+    rows, cost = _costs(scores, against)
+    best = _frontier(cost, rows.value)
+    told = [f"{rows.arm[i]} with C-index {_number(rows.iloc[i])} at {float(f'{cost[i]:.2g}'):,.10g}" for i in best]
+    return f"C-index of each arm with the largest number of labelled patients against {_COSTS[against]}. Not beaten by an arm that costs no more: {'; '.join(told)}."

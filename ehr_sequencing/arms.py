@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_SIZES', 'ARMS', 'COSTS', 'FittingSettings', 'Task', 'Fitted', 'Arm', 'bins_with_events', 'fit_baseline',
-           'fit_network', 'pretrain_encoder', 'without_future', 'looks_ahead', 'looks_ahead_inside', 'fit_arm']
+           'fit_network', 'loss_arms', 'pretrain_encoder', 'without_future', 'looks_ahead', 'looks_ahead_inside',
+           'fit_arm']
 
-# %% ../nbs/17ca_arms.ipynb #57b2f974
+# %% ../nbs/17ca_arms.ipynb #2b8780fd
 import contextlib
 import json
 import time
@@ -27,11 +28,12 @@ from .behrt import BEHRTConfig, count_parameters
 from .benchmark_results import KINDS
 from .horizons import labelled_batches
 from .jobs import whole_folder
-from .landmarks import Landmarks, spaced_landmarks
+from .landmarks import Landmarks, at_each_visit, spaced_landmarks
 from .lora import assert_adapters_train, lora_layers
 from .lstm import LSTMConfig, SurvivalLSTM
 from .med2vec import Med2VecBaseline
 from .metrics import concordance_index
+from .objectives import SURVIVAL_OBJECTIVES, Objective, loss_scales
 from .outcomes import VisitLabels
 from .period_models import BoostedTreesBaseline, LogisticBaseline
 from .pretraining import pretrain, recommended_config
@@ -212,14 +214,19 @@ def _med2vec(task, settings):
     device = make_accelerator(task.fitting.device).device
     return Med2VecBaseline(penalties=settings, bins=_bins(task), seed=task.seed, device=device, epochs=min(10, task.fitting.epochs_for(len(task.train))))
 
-# %% ../nbs/17ca_arms.ipynb #a18bb31d
+# %% ../nbs/17ca_arms.ipynb #f2af11d9
+def _loaders(task, layout):
+    "Batches of the patients to fit to, and of those to stop on."
+    options = {"token_budget": task.fitting.token_budget, "max_tokens": task.fitting.max_tokens, "seed": task.seed, "layout": layout}
+    return [labelled_batches(task.store, task.labels, rows, training, **options) for rows, training in ((task.train, True), (task.validation, False))]
+
+
 def _train(build, task, rate):
     "A network trained with one learning rate, and its history."
     fitting = task.fitting
     torch.manual_seed(task.seed)
     model = build(task)
-    train, validation = (labelled_batches(task.store, task.labels, rows, training, token_budget=fitting.token_budget, max_tokens=fitting.max_tokens, seed=task.seed, layout=model.layout)
-                         for rows, training in ((task.train, True), (task.validation, False)))
+    train, validation = _loaders(task, model.layout)
     trainer = Trainer(model, train, validation, epochs=fitting.epochs_for(len(task.train)), learning_rate=rate, patience=fitting.patience, device=fitting.device, seed=task.seed, show_progress=False)
     history = trainer.fit()
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -243,10 +250,10 @@ def fit_network(
     note = "" if usable or len(settings) == 1 else f" (chosen by the validation loss, since {_NO_PAIR})"
     return Fitted(model, *count_parameters(model)[:2], f"learning rate {rate:g}{note}", history, chosen=rate, options=options)
 
-# %% ../nbs/17ca_arms.ipynb #23585cf2
-def _lstm(task): return SurvivalLSTM(getattr(LSTMConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons)
+# %% ../nbs/17ca_arms.ipynb #781b8845
+def _lstm(task, **way): return SurvivalLSTM(getattr(LSTMConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons, **way)
 def _hierarchical(task): return SurvivalTransformer(getattr(HierarchicalConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons)
-def _behrt(task): return BEHRTForSurvival(getattr(BEHRTConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons)
+def _behrt(task, **way): return BEHRTForSurvival(getattr(BEHRTConfig, task.fitting.model_size)(len(task.store.vocabulary)), task.labels.horizons, **way)
 
 
 def _pretrained(task, **way):
@@ -275,6 +282,33 @@ ARMS = {arm.name: arm for arm in (
     _network("BEHRT, pre-trained, frozen", _frozen, (5e-3, 2e-3, 1e-2), "BEHRT pre-trained on records without labels; only the head is trained", True),
     _network("BEHRT, pre-trained, LoRA", _adapted, (2e-3, 7e-4, 5e-3), "BEHRT pre-trained on records without labels; the head, the embeddings and adapters of rank 16 are trained", True),
     _network("BEHRT, pre-trained, full", _pretrained, (1e-3, 3e-4, 3e-3), "BEHRT pre-trained on records without labels; all weights are trained", True))}
+
+# %% ../nbs/17ca_arms.ipynb #a27d34c0
+def _can_rank(model, task):
+    "Whether some batch of the patients to fit to, and some of those to stop on, holds a pair."
+    with torch.no_grad(): return all(any(model.loss(model(batch), batch)[1] for batch in loader) for loader in _loaders(task, model.layout))
+
+
+def _with_objective(build, name, task):
+    "A network of this objective, or of the likelihood where there is nothing to rank."
+    if name == "nll": return build(task)
+    if not at_each_visit(task.labels, task.store, task.train).events.any() or not _can_rank(build(task, objective="ranking"), task): return build(task)
+    return build(task, objective="ranking" if name == "ranking" else Objective("hybrid", scales=loss_scales(task.store, task.labels, task.train)))
+
+
+def _fit_objective(build, name, task, settings):
+    "Fit, and say whether another objective took the place."
+    fitted = fit_network(partial(_with_objective, build, name), task, settings)
+    if fitted.model.objective.name != name: fitted.setting += " (trained on the likelihood, since no two patients of a batch can be compared)"
+    return fitted
+
+
+def loss_arms() -> dict: # name -> `Arm`, in the order of the tables
+    "LSTM and BEHRT from scratch, each trained on the likelihood, on the ranking, and on both."
+    words = dict(zip(SURVIVAL_OBJECTIVES, ("NLL", "ranking", "hybrid")))
+    return {f"{base.name}, {word}": replace(base, name=f"{base.name}, {word}", fit=partial(_fit_objective, build, objective), about=f"{base.about}, on {about}")
+            for base, build in ((ARMS["LSTM"], _lstm), (ARMS["BEHRT, from scratch"], _behrt))
+            for (objective, word), about in zip(words.items(), ("the likelihood", "the order of patients alone", "the likelihood and the order of patients"))}
 
 # %% ../nbs/17ca_arms.ipynb #62774e3b
 COSTS = "costs.json"

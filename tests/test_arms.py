@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from joblib import Parallel, delayed
 
 from ehr_sequencing import arms
-from ehr_sequencing.arms import ARMS, Arm, FittingSettings, Fitted, Task, bins_with_events, fit_arm, fit_baseline, looks_ahead, pretrain_encoder, without_future
+from ehr_sequencing.arms import ARMS, Arm, FittingSettings, Fitted, Task, bins_with_events, fit_arm, fit_baseline, looks_ahead, loss_arms, pretrain_encoder, without_future
 from ehr_sequencing.baselines import LandmarkFeatures, history_counts
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.benchmark_results import Cell, load_cell, save_cell
@@ -59,7 +59,7 @@ def test_regressions_on_few_patients(world, n):
     "Whatever is missing, a risk comes out, and nothing looks ahead."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for seed in range(5 if n < 60 else 2):
+        for seed in range(3 if n < 60 else 1):
             task = draw_task(world, n, seed)
             for name in BASELINES: check(fit_arm(ARMS[name], task, ARMS[name].settings), task, world)
 
@@ -86,6 +86,20 @@ def test_no_event_to_choose_on(world):
         assert "no pair of the validation landmarks can be compared" in fitted.setting
         if name != "LSTM": assert fitted.chosen == ARMS[name].settings[0]
         assert "since" not in fit_arm(ARMS[name], task).setting  # with one setting nothing is chosen
+
+
+@pytest.mark.parametrize("name", ["LSTM, ranking", "LSTM, hybrid", "BEHRT, from scratch, hybrid"])
+def test_losses(world, name):
+    "What is asked for is minimised; without an event among those to stop on, or to fit to, there is nothing to rank."
+    task, arm = draw_task(world, 60, 3), loss_arms()[name]
+    fitted = fit_arm(arm, task)
+    check(fitted, task, world)
+    assert fitted.model.objective.name == name.rsplit(", ")[-1] and "since" not in fitted.setting
+    ill = world[1].event_indicators
+    for changed in (replace(task, validation=task.validation[~ill[task.validation]]), replace(task, train=task.train[~ill[task.train]])):
+        plain = fit_arm(arm, changed)
+        assert plain.model.objective.name == "nll" and "no two patients of a batch can be compared" in plain.setting
+        assert (plain.predict_risk(task.fit_landmarks, 365) == fit_arm(ARMS[name.rsplit(", ", 1)[0]], changed).predict_risk(task.fit_landmarks, 365)).all()
 
 
 @settings(max_examples=300, deadline=None)

@@ -83,7 +83,7 @@ class _Judge:
         pairs = self.sums(cases) * self.sums(controls)
         return np.divide(right, pairs, out=np.full(len(right), np.nan), where=pairs > 0)
 
-# %% ../nbs/17d_benchmark_scores.ipynb #7d4ed579
+# %% ../nbs/17d_benchmark_scores.ipynb #39404d42
 @dataclass
 class _Task:
     "Some cells of one size and seed, to be scored by one process."
@@ -100,7 +100,7 @@ class _Task:
     draws: tuple # how many, seed of the draws
     over_time: bool # AUC and Brier score at each horizon too
 
-
+# %% ../nbs/17d_benchmark_scores.ipynb #44f89fa5
 def _calibration(task: _Task, risks: np.ndarray) -> dict:
     "Slope and observed over expected at the last usable horizon, or why there is none."
     found = {}
@@ -216,9 +216,9 @@ def _tasks(results: BenchmarkResults, columns, weights, draws, at_once=6) -> lis
                 tasks.append(_Task(risks={a: risks[a] for a in some if a in risks}, train=asked, train_risks={a: train[a] for a in some if a in train}, everybody=everybody, n_labels=n, seed=s, over_time=n == largest, **common))
     return tasks
 
-# %% ../nbs/17d_benchmark_scores.ipynb #2dfb20fa
-class _Scored:
-    "Cells with their draws, and what can be asked about them."
+# %% ../nbs/17d_benchmark_scores.ipynb #491ad9a7
+class _Draws:
+    "Cells with their draws."
     def _values(self, arm: str, n_labels: int, metric) -> dict: # seed -> (1 + R,), all patients first
         "A metric of each seed. The oracle has the same for all of them, and was fitted to none."
         if isinstance(metric, str) and metric not in (*METRICS, "auc"): raise ValueError(f"metric: expected one of {', '.join((*METRICS, 'auc'))}, got {metric!r}")
@@ -236,6 +236,24 @@ class _Scored:
         values = np.stack(list(values.values()), axis=1)  # (1 + R, S)
         if np.isnan(values[0]).any(): raise ValueError(f"{what} is undefined for {int(np.isnan(values[0]).sum())} of {values.shape[1]} seeds: there are too few events")
         return Bootstrap({what: float(values[0].mean())}, pd.DataFrame({what: over_seeds(values[0], values[1:], self.seed)}), pd.DataFrame({what: []}))
+
+# %% ../nbs/17d_benchmark_scores.ipynb #919d5d8e
+class _Scored(_Draws):
+    "What can be asked about cells."
+    @property
+    def has_oracle(self) -> bool:
+        "Whether the truth is known."
+        return self.results.oracle is not None
+
+    @property
+    def oracle(self) -> Score | None:
+        "Concordance of the true risks; None where they are not known."
+        return self.score(ORACLE) if self.has_oracle else None
+
+    @property
+    def control(self) -> str | None:
+        "Name of the control; None if there is none."
+        return next((arm for arm in self.results.arms if self.results.kinds[arm] == "control"), None)
 
     def score(self,
         arm: str, # name, or "oracle"
@@ -304,7 +322,7 @@ def _over_time(scores: _Scored) -> list: # of rows
             except ValueError as error: scores.notes.append(f"{arm}, {name} at {h:g} days: {error}")
     return rows
 
-# %% ../nbs/17d_benchmark_scores.ipynb #c646f871
+# %% ../nbs/17d_benchmark_scores.ipynb #d01b8d1c
 class BenchmarkScores(_Scored):
     "Scores, differences and intervals of all arms. `table` has a row for each arm and size, `over_time` one for each arm of the largest size and horizon; `notes` says what is missing, and why."
     def __init__(self,
@@ -329,20 +347,5 @@ class BenchmarkScores(_Scored):
         self.table = pd.DataFrame([_row(self, *row) for row in rows]).astype({"n_labels": "Int64", "seeds": "Int64"})
         self.over_time = pd.DataFrame(_over_time(self), columns=["arm", "n_labels", "horizon", "metric", "value", "low", "high"]).astype({"n_labels": "Int64"})
         for name in ("calibration_slope", "observed_expected"):
-            reasons = [found[name] for (arm, *_), found in sorted(self._found.items(), key=str) if arm != NULL and isinstance(found.get(name), str)]
+            reasons = [found[name] for (arm, *_), found in sorted(self._found.items(), key=lambda item: str(item[0])) if arm != NULL and isinstance(found.get(name), str)]
             if reasons: self.notes.append(f"{name}: undefined for {len(reasons)} cells and left out of the means. {reasons[0]}")
-
-    @property
-    def has_oracle(self) -> bool:
-        "Whether the truth is known."
-        return self.results.oracle is not None
-
-    @property
-    def oracle(self) -> Score | None:
-        "Concordance of the true risks; None where they are not known."
-        return self.score(ORACLE) if self.has_oracle else None
-
-    @property
-    def control(self) -> str | None:
-        "Name of the control; None if there is none."
-        return next((arm for arm in self.results.arms if self.results.kinds[arm] == "control"), None)

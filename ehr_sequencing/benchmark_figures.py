@@ -106,14 +106,14 @@ def _fewer_ticks(ax):
         if box.x1 + 3 * ax.figure.dpi / 72 > left: label.set_visible(False)
         else: left = box.x0
 
-# %% ../nbs/17e_benchmark_figures.ipynb #d8c13bc2
+# %% ../nbs/17e_benchmark_figures.ipynb #e2f8e24b
 _SCORES = {"c_index": ("C-index", "higher"), "brier": ("Brier score", "lower"), "integrated_brier": ("integrated Brier score", "lower"), "gap": ("C-index, training minus test", "lower"),
            "auc": ("AUC", "higher"), "scaled_brier": ("scaled Brier score", "higher")} # name in the table -> in words, which is better
 
 
 def _axis_label(metric: str, level: float) -> str:
     "A score in words."
-    return "{} ({} is better), {:g} % interval".format(*_SCORES[metric], 100 * level)
+    return "{} ({} is better), {:g}\u00a0%\u00a0interval".format(*_SCORES[metric], 100 * level)
 
 
 def _scored(scores, metric: str) -> pd.DataFrame: # arm, kind, n_labels, value, low, high
@@ -149,7 +149,7 @@ def _key_height(names) -> float:
     "Inches that a key of these names takes."
     return sum(0.14 * _wrap(n).count("\n") + 0.19 for n in names)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #30c5d67a
+# %% ../nbs/17e_benchmark_figures.ipynb #5ecddb1e
 def _aside(sizes, n: int) -> np.ndarray: # (n,)
     "Factors by which arms of one size are moved apart on a log axis."
     logs = np.log10(np.asarray(sizes, dtype=float))
@@ -180,7 +180,7 @@ def plot_label_efficiency(
         else: ax.vlines(x, mine.low, mine.high, color=styles[name]["color"], lw=0.9, alpha=0.8 if len(moved) <= 5 else 0.5, zorder=2)
         ax.plot(x, mine.value, ms=4.5, lw=1.1, mew=1.1, zorder=3, **styles[name])
     ends = rows.sort_values("n_labels", na_position="first").drop_duplicates("arm", keep="last")
-    ax.set(xlabel="labelled patients (log scale)", ylabel=_wrap(_axis_label(metric, scores.level), 46), xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
+    ax.set(xlabel="labelled patients (log scale)", ylabel=_wrap(_axis_label(metric, scores.level), 48), xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes]); ax.minorticks_off()
     _tidy(ax)
     plain = {"oracle"} | ({"control"} if len(sizes) == 1 else set())  # lines without markers
@@ -234,8 +234,8 @@ def plot_arms(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #72543505
-_DRAWN = {"c_index": "", "gap": ", training minus test"} # metrics on the axis of a difference in C -> what is said of them
+# %% ../nbs/17e_benchmark_figures.ipynb #b6f6fb03
+_DRAWN = {"c_index": "", "gap": " (training minus test)"} # metrics on the axis of a difference in C -> what is said of them
 
 
 def _asked_rows(verdict, others: bool) -> list: # of (label, difference, whether it is the primary one)
@@ -245,7 +245,7 @@ def _asked_rows(verdict, others: bool) -> list: # of (label, difference, whether
         primary = (d.first, d.n_labels, d.metric) == (verdict.differences[0].first, verdict.differences[0].n_labels, verdict.differences[0].metric)
         if d.metric not in _DRAWN or not (primary or others) or not np.isfinite([d.value, d.low, d.high]).all(): continue
         whole = f"{d.first} \u2212 {d.second}{_DRAWN[d.metric]}"
-        label = f"with {d.n_labels:,} patients" if (d.first, d.second) == last else whole if len(whole) <= 27 else f"{_wrap(d.first, 26)}\n\u2212 " + _wrap(f"{d.second}{_DRAWN[d.metric]}", 22)
+        label = f"with {d.n_labels:,} patients" if (d.first, d.second) == last else whole if len(whole) <= 27 else f"{_wrap(d.first, 26)}\n\u2212 {_wrap(d.second, 24)}{_DRAWN[d.metric].replace(' ', chr(10), 1)}"
         found.append((label, d, primary)); last = d.first, d.second
     return found
 
@@ -276,7 +276,7 @@ def plot_differences(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #6f30c3fb
+# %% ../nbs/17e_benchmark_figures.ipynb #5650d0b3
 def _span(days: float) -> str:
     "Days below a year, years from there on."
     return f"{days:g} d" if days < 360 else f"{days / 365.25:.2g} y"
@@ -314,7 +314,7 @@ def plot_metric_over_time(
             if name != NULL: ax.bar(at, mine.high - mine.low, 0.86, mine.low, color=style["color"], alpha=0.1, lw=0, zorder=0)
         ends.append((names[name], mine.value.iloc[-1], style | ({"ls": ""} if name in moved else {"marker": ""})))
     ax.use_sticky_edges = False
-    ax.set(xlabel="time since the landmark (not to scale)", ylabel=_wrap(_axis_label(metric, scores.level), 46), xlim=(-0.5, len(horizons) - 0.5))
+    ax.set(xlabel="time since the landmark (not to scale)", ylabel=_wrap(_axis_label(metric, scores.level), 48), xlim=(-0.5, len(horizons) - 0.5))
     ax.set_xticks(range(len(horizons)), [_span(h) for h in horizons])
     _tidy(ax)
     _key(ax, ends, leaders=len(horizons) > 1)
@@ -405,7 +405,7 @@ def plot_arm_calibration(
         _tidy(ax, "both")
     return np.ravel(axes)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #2e881e5e
+# %% ../nbs/17e_benchmark_figures.ipynb #5b08b799
 _COSTS = {"cpu_seconds": "seconds of processor time for a fit", "seconds": "seconds for a fit", "trainable": "numbers fitted to the labels", "parameters": "parameters of the model"}
 
 
@@ -441,17 +441,16 @@ def plot_costs(
     (arms, cost), rows = _costs(scores, against), _largest(_scored(scores, "c_index"))
     styles, names = arm_styles(dict(zip(rows.arm, rows.kind))), {r.arm: _in_words(r.arm, r.kind) for r in rows.itertuples()}
     if ax is None: ax = _new_axes(max(4.4, 0.8 + _key_height(names.values())))
-    ax.set_xscale("log")
     logs = np.log10(cost)
     x = 10 ** _spread(logs, np.full(len(logs), 0.025 * max(np.ptp(logs), 0.5)), logs.min() - 1, logs.max() + 1)  # those of the same cost side by side
-    best = _frontier(x, arms.value)
+    best, beside = _frontier(x, arms.value), 10 ** max(0.06 * np.ptp(np.log10(x)), 0.15)
+    ax.set(xscale="log", xlim=(x.min() / beside, x.max() * beside))
     ax.step(np.append(x[best], x.max()), np.append(arms.value[best], arms.value.max()), where="post", color="0.75", lw=2.5, zorder=0, solid_joinstyle="round")
     for at, r in zip(x, arms.itertuples()):
         ax.vlines(at, r.low, r.high, color=styles[r.arm]["color"], lw=1, zorder=2)
         ax.plot(at, r.value, ms=6, mew=1.2, zorder=3, **styles[r.arm] | {"ls": ""})
     _bounds(ax, rows[rows.kind == "oracle"], styles)
-    beside = 10 ** max(0.06 * np.ptp(np.log10(x)), 0.15)
-    ax.set(xlabel=f"{_COSTS[against]} (log scale)", xlim=(x.min() / beside, x.max() * beside), ylabel=_axis_label("c_index", scores.level))
+    ax.set(xlabel=f"{_COSTS[against]} (log scale)", ylabel=_axis_label("c_index", scores.level))
     ax.xaxis.set_major_formatter(_short); ax.minorticks_off()
     ax.set_title("grey steps: highest estimate at this cost or less", fontsize=_SIZE, loc="left", color="0.35")
     _tidy(ax)

@@ -60,7 +60,7 @@ def _spread(wanted, heights, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     placed[order] = isotonic_regression(wanted[order] - below, y_min=begin, y_max=begin + room - h.sum()) + below
     return placed
 
-# %% ../nbs/17e_benchmark_figures.ipynb #8d99dbff
+# %% ../nbs/17e_benchmark_figures.ipynb #ad47399e
 def _new_axes(height: float, width: float = 5.0):
     "Axes of a figure for the width of a page, which can still be read at half of it."
     import matplotlib.pyplot as plt
@@ -95,7 +95,7 @@ def _key(ax, entries: list, leaders: bool = True):
         if leaders: ax.plot([1, 10], [at, y], transform=beside, color="0.7", lw=0.6, clip_on=False)[0].set_in_layout(False)
         ax.plot([12, 18, 24], [y] * 3, transform=beside, clip_on=False, markevery=[1], ms=5, lw=1.4, **style)[0].set_in_layout(False)
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #c87bf215
 def _fewer_ticks(ax):
     "Leave out labels of the horizontal axis that would touch the next one on their right; the last stays."
     ax.figure.canvas.figure.draw_without_rendering()
@@ -106,14 +106,14 @@ def _fewer_ticks(ax):
         if box.x1 + 3 * ax.figure.dpi / 72 > left: label.set_visible(False)
         else: left = box.x0
 
-# %% ../nbs/17e_benchmark_figures.ipynb #d8c13bc2
+# %% ../nbs/17e_benchmark_figures.ipynb #d84b72ac
 _SCORES = {"c_index": ("C-index", "higher"), "brier": ("Brier score", "lower"), "integrated_brier": ("integrated Brier score", "lower"), "gap": ("C-index, training minus test", "lower"),
            "auc": ("AUC", "higher"), "scaled_brier": ("scaled Brier score", "higher")} # name in the table -> in words, which is better
 
 
 def _axis_label(metric: str, level: float) -> str:
     "A score in words."
-    return "{} ({} is better), {:g} % interval".format(*_SCORES[metric], 100 * level)
+    return "{} ({} is better), {:g}\u00a0%\u00a0interval".format(*_SCORES[metric], 100 * level)
 
 
 def _scored(scores, metric: str) -> pd.DataFrame: # arm, kind, n_labels, value, low, high
@@ -125,7 +125,7 @@ def _scored(scores, metric: str) -> pd.DataFrame: # arm, kind, n_labels, value, 
     rows = table[["arm", "kind", "n_labels"]].assign(value=table[metric].astype(float), **{k: v.astype(float) for k, v in ends.items()})
     return rows[rows.value.notna()].reset_index(drop=True)
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #342e9d79
 def _largest(rows: pd.DataFrame) -> pd.DataFrame: # one row an arm
     "Each arm with the largest number of labelled patients; the oracle, which learned nothing, as it is."
     of_arms = rows[rows.kind != "oracle"]
@@ -149,7 +149,7 @@ def _key_height(names) -> float:
     "Inches that a key of these names takes."
     return sum(0.14 * _wrap(n).count("\n") + 0.19 for n in names)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #30c5d67a
+# %% ../nbs/17e_benchmark_figures.ipynb #5ecddb1e
 def _aside(sizes, n: int) -> np.ndarray: # (n,)
     "Factors by which arms of one size are moved apart on a log axis."
     logs = np.log10(np.asarray(sizes, dtype=float))
@@ -180,7 +180,7 @@ def plot_label_efficiency(
         else: ax.vlines(x, mine.low, mine.high, color=styles[name]["color"], lw=0.9, alpha=0.8 if len(moved) <= 5 else 0.5, zorder=2)
         ax.plot(x, mine.value, ms=4.5, lw=1.1, mew=1.1, zorder=3, **styles[name])
     ends = rows.sort_values("n_labels", na_position="first").drop_duplicates("arm", keep="last")
-    ax.set(xlabel="labelled patients (log scale)", ylabel=_wrap(_axis_label(metric, scores.level), 46), xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
+    ax.set(xlabel="labelled patients (log scale)", ylabel=_wrap(_axis_label(metric, scores.level), 48), xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes]); ax.minorticks_off()
     _tidy(ax)
     plain = {"oracle"} | ({"control"} if len(sizes) == 1 else set())  # lines without markers
@@ -188,7 +188,7 @@ def plot_label_efficiency(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #a2efa8fd
+# %% ../nbs/17e_benchmark_figures.ipynb #b568e829
 def _places(labels: list, headings=()) -> np.ndarray:
     "Heights of rows whose labels have one or more lines, from the top down, in lines; more room above headings than below."
     lines = np.array([label.count("\n") + 1.6 for label in labels])
@@ -214,7 +214,7 @@ def _three(row) -> str:
     "A value and its interval."
     return f"{row[0]:.3f} ({row[1]:.3f}, {row[2]:.3f})".replace("-", "\u2212")
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #d1a21be1
 def plot_arms(
     scores, # `BenchmarkScores`
     metric: str = "c_index", # or "brier", "integrated_brier", "gap"
@@ -234,8 +234,8 @@ def plot_arms(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #72543505
-_DRAWN = {"c_index": "", "gap": ", training minus test"} # metrics on the axis of a difference in C -> what is said of them
+# %% ../nbs/17e_benchmark_figures.ipynb #72704f57
+_DRAWN = {"c_index": "", "gap": " (training minus test)"} # metrics on the axis of a difference in C -> what is said of them
 
 
 def _asked_rows(verdict, others: bool) -> list: # of (label, difference, whether it is the primary one)
@@ -245,11 +245,11 @@ def _asked_rows(verdict, others: bool) -> list: # of (label, difference, whether
         primary = (d.first, d.n_labels, d.metric) == (verdict.differences[0].first, verdict.differences[0].n_labels, verdict.differences[0].metric)
         if d.metric not in _DRAWN or not (primary or others) or not np.isfinite([d.value, d.low, d.high]).all(): continue
         whole = f"{d.first} \u2212 {d.second}{_DRAWN[d.metric]}"
-        label = f"with {d.n_labels:,} patients" if (d.first, d.second) == last else whole if len(whole) <= 27 else f"{_wrap(d.first, 26)}\n\u2212 " + _wrap(f"{d.second}{_DRAWN[d.metric]}", 22)
+        label = f"with {d.n_labels:,} patients" if (d.first, d.second) == last else whole if len(whole) <= 27 else f"{_wrap(d.first, 26)}\n\u2212 {_wrap(d.second, 24)}{_DRAWN[d.metric].replace(' ', chr(10), 1)}"
         found.append((label, d, primary)); last = d.first, d.second
     return found
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #5be19906
 def plot_differences(
     verdicts: list, # of `Verdict`
     margin: float = 0.01, # differences in C within it are taken for none
@@ -276,7 +276,7 @@ def plot_differences(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #6f30c3fb
+# %% ../nbs/17e_benchmark_figures.ipynb #b5c6d260
 def _span(days: float) -> str:
     "Days below a year, years from there on."
     return f"{days:g} d" if days < 360 else f"{days / 365.25:.2g} y"
@@ -289,7 +289,7 @@ def _over_time(scores, metric: str) -> pd.DataFrame:
     if metric != "scaled_brier": return table
     return pd.concat([table, pd.DataFrame({"arm": NULL, "horizon": np.sort(table.horizon.unique()), "value": 0.0, "low": 0.0, "high": 0.0})], ignore_index=True)  # by definition
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #86b4cc67
 def plot_metric_over_time(
     scores, # `BenchmarkScores`
     metric: str = "brier", # or "scaled_brier", "auc"
@@ -314,14 +314,14 @@ def plot_metric_over_time(
             if name != NULL: ax.bar(at, mine.high - mine.low, 0.86, mine.low, color=style["color"], alpha=0.1, lw=0, zorder=0)
         ends.append((names[name], mine.value.iloc[-1], style | ({"ls": ""} if name in moved else {"marker": ""})))
     ax.use_sticky_edges = False
-    ax.set(xlabel="time since the landmark (not to scale)", ylabel=_wrap(_axis_label(metric, scores.level), 46), xlim=(-0.5, len(horizons) - 0.5))
+    ax.set(xlabel="time since the landmark (not to scale)", ylabel=_wrap(_axis_label(metric, scores.level), 48), xlim=(-0.5, len(horizons) - 0.5))
     ax.set_xticks(range(len(horizons)), [_span(h) for h in horizons])
     _tidy(ax)
     _key(ax, ends, leaders=len(horizons) > 1)
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #ec05e549
+# %% ../nbs/17e_benchmark_figures.ipynb #a9f66372
 def _weighted_risks(durations, events, horizon: float, weights) -> np.ndarray: # (R,)
     "One minus Kaplan-Meier at the horizon, with each row of weights (R, n)."
     order = np.argsort(-durations, kind="stable")
@@ -332,7 +332,7 @@ def _weighted_risks(durations, events, horizon: float, weights) -> np.ndarray: #
     at_risk = at_risk[:, d[last] <= horizon]
     return 1 - np.prod(1 - np.divide(ended, at_risk, out=np.zeros_like(ended), where=at_risk > 0), axis=1)
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #1f738172
 def _observed_groups(asked: Asked, risks: list, horizon: float, n_groups: int, level: float, n_resamples: int = 200, seed: int = 0) -> pd.DataFrame:
     "Observed risk in groups of predicted risk, over all seeds; predicted, observed, low, high. The interval is of patients, all of whose landmarks with all seeds are drawn together."
     predicted = np.concatenate(risks)
@@ -349,7 +349,7 @@ def _observed_groups(asked: Asked, risks: list, horizon: float, n_groups: int, l
     low, high = risk_interval(observed, error, known, level)
     return pd.DataFrame({"predicted": at, "observed": observed, "low": low, "high": high})
 
-# %% ../nbs/17e_benchmark_figures.ipynb #3c8f0cd8
+# %% ../nbs/17e_benchmark_figures.ipynb #fb7b2306
 def _said(results: BenchmarkResults, arm: str) -> list: # of (n,), one a seed
     "Risks within the last horizon at the test landmarks, with the largest number of labelled patients."
     return [results.oracle[:, -1]] if arm == "oracle" and results.oracle is not None else [c.risks[:, -1] for c in results.of(arm)]
@@ -372,7 +372,7 @@ def arm_calibration(
     names = [*results.arms, *(["oracle"] if results.oracle is not None else [])] if arms is None else list(arms)
     return pd.concat([_observed_groups(results.test, _said(results, name), float(results.horizons[-1]), n_groups, level).assign(arm=name) for name in names], ignore_index=True)
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #faf632d3
 def plot_arm_calibration(
     results: BenchmarkResults,
     arms=None, # names; all, and the oracle if there is one, if None
@@ -405,7 +405,7 @@ def plot_arm_calibration(
         _tidy(ax, "both")
     return np.ravel(axes)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #2e881e5e
+# %% ../nbs/17e_benchmark_figures.ipynb #3d4ae91e
 _COSTS = {"cpu_seconds": "seconds of processor time for a fit", "seconds": "seconds for a fit", "trainable": "numbers fitted to the labels", "parameters": "parameters of the model"}
 
 
@@ -431,7 +431,7 @@ def _costs(scores, against: str) -> tuple: # arms with their scores, and (arms,)
     if not len(rows): raise ValueError(f"scores: no arm has {against}, so that there is nothing to draw")
     return rows, np.array([costs[r.arm, r.n_labels] for r in rows.itertuples()]).clip(0.001 if "seconds" in against else 1)
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #77f5d345
 def plot_costs(
     scores, # `BenchmarkScores`
     against: str = "cpu_seconds", # or "seconds", "trainable", "parameters"
@@ -441,17 +441,16 @@ def plot_costs(
     (arms, cost), rows = _costs(scores, against), _largest(_scored(scores, "c_index"))
     styles, names = arm_styles(dict(zip(rows.arm, rows.kind))), {r.arm: _in_words(r.arm, r.kind) for r in rows.itertuples()}
     if ax is None: ax = _new_axes(max(4.4, 0.8 + _key_height(names.values())))
-    ax.set_xscale("log")
     logs = np.log10(cost)
     x = 10 ** _spread(logs, np.full(len(logs), 0.025 * max(np.ptp(logs), 0.5)), logs.min() - 1, logs.max() + 1)  # those of the same cost side by side
-    best = _frontier(x, arms.value)
+    best, beside = _frontier(x, arms.value), 10 ** max(0.06 * np.ptp(np.log10(x)), 0.15)
+    ax.set(xscale="log", xlim=(x.min() / beside, x.max() * beside))
     ax.step(np.append(x[best], x.max()), np.append(arms.value[best], arms.value.max()), where="post", color="0.75", lw=2.5, zorder=0, solid_joinstyle="round")
     for at, r in zip(x, arms.itertuples()):
         ax.vlines(at, r.low, r.high, color=styles[r.arm]["color"], lw=1, zorder=2)
         ax.plot(at, r.value, ms=6, mew=1.2, zorder=3, **styles[r.arm] | {"ls": ""})
     _bounds(ax, rows[rows.kind == "oracle"], styles)
-    beside = 10 ** max(0.06 * np.ptp(np.log10(x)), 0.15)
-    ax.set(xlabel=f"{_COSTS[against]} (log scale)", xlim=(x.min() / beside, x.max() * beside), ylabel=_axis_label("c_index", scores.level))
+    ax.set(xlabel=f"{_COSTS[against]} (log scale)", ylabel=_axis_label("c_index", scores.level))
     ax.xaxis.set_major_formatter(_short); ax.minorticks_off()
     ax.set_title("grey steps: highest estimate at this cost or less", fontsize=_SIZE, loc="left", color="0.35")
     _tidy(ax)
@@ -459,7 +458,7 @@ def plot_costs(
     _fewer_ticks(ax)
     return ax
 
-# %% ../nbs/17e_benchmark_figures.ipynb #2672d1ab
+# %% ../nbs/17e_benchmark_figures.ipynb #9c654b84
 def _number(row) -> str:
     "A value with its interval, in a sentence."
     told = f"{row.value:.3f}" + (f" ({row.low:.3f} to {row.high:.3f})" if np.isfinite([row.low, row.high]).all() else "")
@@ -478,7 +477,7 @@ def _floor_and_ceiling(rows: pd.DataFrame) -> str:
     told = [f"{'the oracle' if r.kind == 'oracle' else f'the control ({r.arm})'} {_number(r)}" for kind in ("oracle", "control") for r in rows[rows.kind == kind].itertuples()]
     return f" For comparison: {', '.join(told)}." if told else ""
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #a8c25b8b
 def describe_label_efficiency(
     scores, # `BenchmarkScores`
     metric: str = "c_index", # as in `plot_label_efficiency`
@@ -498,7 +497,7 @@ def describe_arms(
     rows, (label, better) = _largest(_scored(scores, metric)), _SCORES[metric]
     return f"{label} of {(rows.kind != 'oracle').sum()} arms with {rows.n_labels.dropna().max():,} labelled patients and {100 * scores.level:g} % intervals, the best on top: {_best_and_worst(rows, better)}.{_floor_and_ceiling(rows)}"
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #6650af88
 def describe_differences(
     verdicts: list, # of `Verdict`
     margin: float = 0.01, # as in `plot_differences`
@@ -507,7 +506,7 @@ def describe_differences(
     told = [f"{v.name}, {v.outcome}: " + (", ".join(f"{d.first} minus {d.second}{_DRAWN[d.metric]} {_number(d)}" for _, d, _ in _asked_rows(v, False)) or "nothing to compare") for v in verdicts]
     return f"Differences in C-index with their intervals beside zero and a margin of \u00b1{margin:g}. {'; '.join(told)}."
 
-# %% ../nbs/17e_benchmark_figures.ipynb #c187a7dd
+# %% ../nbs/17e_benchmark_figures.ipynb #25905e07
 def describe_metric_over_time(
     scores, # `BenchmarkScores`
     metric: str = "brier", # as in `plot_metric_over_time`
@@ -528,7 +527,7 @@ def describe_arm_calibration(
     told = [f"{r.arm} {r.predicted:.2f} predicted, {r.observed:.2f} observed ({r.low:.2f} to {r.high:.2f})" for r in last.itertuples()]
     return f"Observed against predicted risk within {_span(results.horizons[-1])}, in groups of predicted risk, one panel an arm. In the group of the highest risk: {'; '.join(told)}."
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #10fff80f
 def describe_costs(
     scores, # `BenchmarkScores`
     against: str = "cpu_seconds", # as in `plot_costs`

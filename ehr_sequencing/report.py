@@ -7,7 +7,7 @@ __all__ = ['TIME_FIELDS', 'METHODS', 'SIGNS', 'METRICS', 'STYLE', 'MACROS', 'PAG
            'Text', 'Items', 'Code', 'Heading', 'Figure', 'Table', 'Outcome', 'Overview', 'Section', 'report_sections',
            'report_markdown', 'report_html', 'draw_figures', 'write_report']
 
-# %% ../nbs/17f_report.ipynb #2c0e9a37
+# %% ../nbs/17f_report.ipynb #5eb9ad07
 import base64
 import io
 import json
@@ -21,7 +21,9 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from .benchmark_figures import plot_arm_calibration, plot_arms, plot_costs, plot_differences, plot_label_efficiency, plot_metric_over_time
+from .benchmark_figures import (
+    describe_arm_calibration, describe_arms, describe_costs, describe_differences, describe_label_efficiency, describe_metric_over_time,
+    plot_arm_calibration, plot_arms, plot_costs, plot_differences, plot_label_efficiency, plot_metric_over_time)
 from .benchmark_results import BenchmarkResults
 from .run_figures import hide_small
 from .run_tables import markdown_table
@@ -223,7 +225,7 @@ class Section:
     title: str
     blocks: list
 
-# %% ../nbs/17f_report.ipynb #bdc21043
+# %% ../nbs/17f_report.ipynb #2b02884e
 def _years(days):
     "365 -> 1 year, 30 -> 30 days."
     years = days / 365
@@ -264,9 +266,9 @@ def _first(contents):
         ["arm", "kind", f"C-index ({level} interval)", f"Brier score ({level} interval)", "AUC", "observed / expected", "trainable parameters", "CPU time"],
         [[_arm_name(r), r["kind"], _interval(r, "c_index"), _interval(r, "brier"), _number(r["auc"]), _number(r["observed_expected"], 2), _count(r["trainable"]), _time(r["cpu_seconds"])] for r in rows], ("CPU time",), _look(rows))
     verdicts = [Overview([(v["name"], v["question"], v["outcome"]) for v in contents["verdicts"]])] if _has_verdicts(contents) else []
-    return Section("answer", "The answer", [warn, Text(" ".join(contents["answer"])), *verdicts, table, contents["figures"].get("arms")])
+    return Section("answer", "The answer", [warn, *map(Text, contents["answer"]), *verdicts, table, contents["figures"].get("arms")])
 
-# %% ../nbs/17f_report.ipynb #ca68416f
+# %% ../nbs/17f_report.ipynb #fde35abd
 METRICS = {"c_index": "C-index", "relative_c_index": "C-index, relative", "brier": "Brier score", "integrated_brier": "integrated Brier score", "gap": "gap, training minus test", "train_c_index": "C-index, training"}
 
 
@@ -285,8 +287,8 @@ def _of_difference(row):
 
 def _difference_table(rows, caption):
     "Differences, one a row."
-    return Table(caption, ["first", "second", "labelled patients", "metric", "first minus second (interval)", "level", "p"],
-        [[d["first"], d["second"], _count(d["n_labels"]), METRICS.get(str(d["metric"]), str(d["metric"])), _of_difference(d), f"{100 * d['level']:.4g} %", _p_value(d.get("p_value"))] for d in rows])
+    return Table(caption, ["contrast", "difference (interval)", "level", "p", "labelled patients", "metric"],
+        [[f"{d['first']} minus {d['second']}", _of_difference(d), f"{100 * d['level']:.4g} %", _p_value(d["p_value"]), _count(d["n_labels"]), METRICS.get(str(d["metric"]), str(d["metric"]))] for d in rows])
 
 
 def _verdicts(contents):
@@ -303,7 +305,7 @@ def _verdicts(contents):
     table = [Heading("Beside what was expected"), Table("What was expected before, and what was found with the most labelled patients.", ["arm", "expected", "C-index found", "trainable parameters found"], expected)] if expected else []
     return Section("verdicts", "Hypotheses and verdicts", [Text("Each hypothesis was stated before the run and could fail. Supported and refuted are said only where the whole interval says so. Not decided is not “no difference”: these data allow both."), *cards, figure, *table])
 
-# %% ../nbs/17f_report.ipynb #20a84c4f
+# %% ../nbs/17f_report.ipynb #40b5c4c9
 def _by_size(contents, metric, caption, folded=False):
     "Arms by numbers of labelled patients."
     arms = {r["arm"]: r for r in contents["results"]}
@@ -325,8 +327,8 @@ def _over_time(contents, metric, caption):
     "Arms by horizons."
     rows = [r for r in contents["over_time"] if r["metric"] == metric and r["n_labels"] in (contents["sizes"][-1], None)]
     value = {(r["arm"], r["horizon"]): _number(r["value"]) for r in rows}
-    arms = {r["arm"]: r for r in (*_at_largest(contents), *({"arm": r["arm"], "kind": ""} for r in rows))}
-    arms = {arm: r for arm, r in arms.items() if any(arm == other for other, _ in value)}
+    arms = {r["arm"]: {"arm": r["arm"], "kind": ""} for r in rows}
+    arms |= {r["arm"]: r for r in _at_largest(contents) if r["arm"] in arms}
     horizons = sorted({r["horizon"] for r in rows})
     return Table(caption, ["arm", *map(_years, horizons)], [[_arm_name(r), *(value.get((arm, h), "") for h in horizons)] for arm, r in arms.items()], looks=_look(arms.values()))
 
@@ -480,13 +482,13 @@ nav { padding: 0; } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; li
 .calm { background: var(--calm); color: var(--calm-text); border-color: var(--good); font-size: .92rem; }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #3ec0cbc4
+# %% ../nbs/17f_report.ipynb #380a5647
 STYLE += """
 .verdict { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; }
 .verdict h3 { margin: 0 0 .4rem; }
 .badge { display: inline-block; color: var(--on); font-weight: 600; font-size: .88rem; line-height: 1.3; padding: .16rem .6rem; border-radius: 1rem; margin-right: .4rem; white-space: nowrap; }
 .badge.supported { background: var(--good); } .badge.refuted { background: var(--bad); border-radius: 0; } .badge.not-decided { background: var(--ground); color: var(--open); border: 1.5px dashed var(--open); }
-.verdict-list { list-style: none; padding: 0; } .verdict-list li { margin: .4rem 0; }
+.verdict-list { list-style: none; padding: 0; } .verdict-list li { display: grid; grid-template-columns: 8.2rem 1fr; align-items: start; margin: .4rem 0; } .verdict-list .badge { justify-self: start; }
 .scroll { overflow-x: auto; margin: 1rem 0 1.4rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 22rem; }
@@ -504,11 +506,11 @@ figure img { display: block; background: #ffffff; border-radius: 4px; width: 700
 figcaption { color: var(--muted); font-size: .9rem; max-width: 50rem; margin-top: .5rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: .8rem 1rem; overflow-x: auto; font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer { color: var(--muted); font-size: .88rem; padding-top: 1.5rem; padding-bottom: 3rem; }
-@media (max-width: 40rem) { h1 { font-size: 1.45rem; } .lead { font-size: 1rem; } header, main, footer { padding-left: .9rem; padding-right: .9rem; } figure img { max-width: none; width: 480px; } th, td { min-width: 5.2rem; } tbody th, thead th:first-child { min-width: 8.5rem; } }
+@media (max-width: 40rem) { h1 { font-size: 1.45rem; } .lead, .answer > p { font-size: 1rem; } header, main, footer { padding-left: .9rem; padding-right: .9rem; } figure img { max-width: none; width: 480px; } th, td { min-width: 5.2rem; } tbody th, thead th:first-child { min-width: 8.5rem; } }
 @media print { body { font-size: 10pt; } nav { display: none; } h2 { break-after: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; } figure, .verdict, tr { break-inside: avoid; } header, main, footer { max-width: none; padding: 0; } figure img { width: 13cm; } }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #0b761a26
+# %% ../nbs/17f_report.ipynb #c83695c9
 MACROS = """
 {%- macro table(t) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ t.caption }}"><table>
@@ -532,7 +534,7 @@ MACROS = """
 {%- elif b.form == "items" %}
 {% if b.look %}<div class="box {{ b.look }}" role="note"><h3>{{ b.heading }}</h3>{% endif %}<ul>{% for item in b.items %}<li>{{ item }}</li>{% endfor %}</ul>{% if b.look %}</div>{% endif %}
 {%- elif b.form == "overview" %}
-<ul class="verdict-list">{% for name, question, outcome in b.items %}<li>{{ badge(outcome) }} <a href="#{{ name }}">{{ name }}</a>. {{ question }}</li>{% endfor %}</ul>
+<ul class="verdict-list">{% for name, question, outcome in b.items %}<li>{{ badge(outcome) }} <span><a href="#{{ name }}">{{ name }}</a>. {{ question }}</span></li>{% endfor %}</ul>
 {%- elif b.form == "figure" %}
 <figure{% if b.timed %} class="time"{% endif %}><div class="scroll" tabindex="0" role="region" aria-label="{{ b.caption }}"><img src="data:image/svg+xml;base64,{{ images[b.name] }}" alt="{{ b.alt }}"></div><figcaption>{{ b.caption }}</figcaption></figure>
 {%- elif b.form == "table" and b.folded %}
@@ -591,7 +593,7 @@ def report_html(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(MACROS + PAGE).render(title=title, asked=asked, sections=sections, images={name: base64.b64encode(svg).decode() for name, svg in images.items()}, style=STYLE, signs=SIGNS, numeric=_numeric) + "\n"
 
-# %% ../nbs/17f_report.ipynb #3d37a8ae
+# %% ../nbs/17f_report.ipynb #e9e3f14a
 def _saved(draw):
     "What a function draws, as SVG and PNG; the same bytes for the same figure."
     import matplotlib.pyplot as plt
@@ -602,27 +604,19 @@ def _saved(draw):
     return svg.getvalue(), png.getvalue()
 
 
-def _ends(rows, metric):
-    "The lowest and the highest of a metric, in words."
-    rows = sorted((r for r in rows if r[metric] is not None), key=lambda r: r[metric])
-    return f"from {_number(rows[0][metric])} ({rows[0]['arm']}) to {_number(rows[-1][metric])} ({rows[-1]['arm']})" if rows else "not defined"
-
-
 def _drawings(contents, results, scores, verdicts):
-    "Name -> how to draw it, caption, text for those who cannot see it."
-    n, level, last = f"{contents['sizes'][-1]:,}", _level(contents), _at_largest(contents)
-    within, many = _years(contents["horizons_days"][-1]), len(contents["sizes"]) > 1
-    ends = {metric: _ends(last, metric) for metric in ("c_index", "brier", "auc", "observed_expected")}
-    drawings = {"arms": (lambda: plot_arms(scores), f"C-index of each arm with {n} labelled patients, with its {level} interval.", f"Points with intervals, one row an arm: C-index {ends['c_index']}.")}
-    if _has_verdicts(contents): drawings["differences"] = (lambda: plot_differences(verdicts), "The differences that the verdicts rest on, with their intervals.", "Points with intervals around zero, one row a difference; the numbers are in the tables of the hypotheses.")
-    if many: drawings |= {"label_efficiency": (lambda: plot_label_efficiency(scores), f"C-index within {within} against the number of labelled patients.", f"Curves of {len(results.arms)} arms over {len(contents['sizes'])} numbers of labelled patients; with {n} the C-index goes {ends['c_index']}."),
-        "label_efficiency_brier": (lambda: plot_label_efficiency(scores, metric="brier"), f"Brier score at {within} against the number of labelled patients; lower is better.", f"Curves of {len(results.arms)} arms over {len(contents['sizes'])} numbers of labelled patients; with {n} the Brier score goes {ends['brier']}.")}
+    "Name -> how to draw it, how to say it to those who cannot see it, caption."
+    n, level, within = f"{contents['sizes'][-1]:,}", _level(contents), _years(contents["horizons_days"][-1])
+    drawings = {"arms": (lambda: plot_arms(scores), lambda: describe_arms(scores), f"C-index of each arm with {n} labelled patients, with its {level} interval.")}
+    if _has_verdicts(contents): drawings["differences"] = (lambda: plot_differences(verdicts), lambda: describe_differences(verdicts), "The differences that the verdicts rest on, with their intervals.")
+    if len(contents["sizes"]) > 1: drawings |= {"label_efficiency": (lambda: plot_label_efficiency(scores), lambda: describe_label_efficiency(scores), f"C-index within {within} against the number of labelled patients."),
+        "label_efficiency_brier": (lambda: plot_label_efficiency(scores, metric="brier"), lambda: describe_label_efficiency(scores, metric="brier"), f"Brier score at {within} against the number of labelled patients; lower is better.")}
     return drawings | {
-        "calibration": (lambda: plot_arm_calibration(results), f"Observed against predicted risk within {within}, with {n} labelled patients. On the diagonal the risks are right.", f"One panel an arm; observed over expected goes {ends['observed_expected']}."),
-        "brier_over_time": (lambda: plot_metric_over_time(scores, metric="brier"), f"Brier score by the time from the landmark, with {n} labelled patients.", f"Curves of the arms; at {within} the Brier score goes {ends['brier']}."),
-        "auc_over_time": (lambda: plot_metric_over_time(scores, metric="auc"), f"AUC by the time from the landmark, with {n} labelled patients.", f"Curves of the arms; at {within} the AUC goes {ends['auc']}."),
-        "costs_trainable": (lambda: plot_costs(scores, against="trainable"), "C-index against the number of trainable parameters.", f"One point an arm, on a logarithmic axis of trainable parameters; the C-index goes {ends['c_index']}."),
-        "costs_time": (lambda: plot_costs(scores, against="cpu_seconds"), "C-index against the CPU time of a fit.", f"One point an arm, on a logarithmic axis of CPU time; the C-index goes {ends['c_index']}.")}
+        "calibration": (lambda: plot_arm_calibration(results), lambda: describe_arm_calibration(results), f"Observed against predicted risk within {within}, with {n} labelled patients. On the diagonal the risks are right."),
+        "brier_over_time": (lambda: plot_metric_over_time(scores, metric="brier"), lambda: describe_metric_over_time(scores, metric="brier"), f"Brier score by the time from the landmark, with {n} labelled patients."),
+        "auc_over_time": (lambda: plot_metric_over_time(scores, metric="auc"), lambda: describe_metric_over_time(scores, metric="auc"), f"AUC by the time from the landmark, with {n} labelled patients."),
+        "costs_trainable": (lambda: plot_costs(scores, against="trainable"), lambda: describe_costs(scores, against="trainable"), "C-index against the number of trainable parameters."),
+        "costs_time": (lambda: plot_costs(scores, against="cpu_seconds"), lambda: "C-index of each arm against the CPU time of a fit, on a logarithmic axis. The table below has the numbers.", "C-index against the CPU time of a fit.")}
 
 
 def draw_figures(
@@ -633,10 +627,10 @@ def draw_figures(
 ) -> tuple: # name -> `Figure` or `Text`; name -> (SVG, PNG), as bytes
     "Draw the figures of the report. One whose data do not allow it becomes a sentence."
     blocks, images = {}, {}
-    for name, (draw, caption, alt) in _drawings(contents, results, scores, verdicts).items():
-        try: images[name] = _saved(draw)
+    for name, (draw, describe, caption) in _drawings(contents, results, scores, verdicts).items():
+        try: images[name], blocks[name] = _saved(draw), Figure(name, caption, describe(), timed=name == "costs_time")
         except ValueError as error: blocks[name] = Text(f"No figure here ({caption.rstrip('.')}): {error}")
-        else: blocks[name] = Figure(name, caption, alt, timed=name == "costs_time")
+    images = {name: image for name, image in images.items() if blocks[name].form == "figure"}
     return blocks, images
 
 # %% ../nbs/17f_report.ipynb #551612d2

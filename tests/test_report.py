@@ -194,7 +194,7 @@ def test_other_arms_get_differences_in_place_of_verdicts(tmp_path):
     files = write(tmp_path / "r", losses)
     said, page = json.loads(files["results.json"]), Page(files["report.html"].decode())
     assert len(said["differences"]) == 15 and not any(d["hypothesis"] for d in said["differences"]) and "badge" not in re.sub(r"<style>.*?</style>", "", files["report.html"].decode(), flags=re.S)
-    assert sum(len(t) == 16 and t[0][0] == "first" for t in page.tables) == 1 and "plots/differences.png" not in files
+    assert sum(len(t) == 16 and t[0][0] == "contrast" for t in page.tables) == 1 and "plots/differences.png" not in files
 
 
 def test_what_is_not_told_is_left_out(tmp_path):

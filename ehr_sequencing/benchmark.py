@@ -130,7 +130,7 @@ def _fit(shared, work, job, arm):
         fitted.model.save_pretrained(Path(work)/"models"/_slug(arm.name)[:-7], shared.store.vocabulary)
     save_cell(Path(work)/job.file, Cell(arm.name, job.n_labels, job.seed, risks, train_risks, fitted.parameters, fitted.trainable, fitted.seconds, fitted.cpu_seconds, len(fitted.history) or None, fitted.setting, fitted.history, fitted.leak))
 
-# %% ../nbs/18_benchmark.ipynb #d5822241
+# %% ../nbs/18_benchmark.ipynb #23b16654
 def _write_json(path, value):
     with whole_file(path) as partial: partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
@@ -152,7 +152,7 @@ def _ask_oracle(shared, work, job):
     def ask(marks, horizons): return oracle_risk(truth, marks.subject_ids, shared.store.visit_starts[shared.store.first_visit[marks.rows] + marks.visits], horizons, seed=config.seed)
     arrays = {"test": ask(shared.test, config.horizons)}
     for n in label_sizes(config, len(shared.pool)):
-        for s in range(config.n_seeds): arrays[f"{n} {s}"] = ask(train_landmarks(make_task(shared, config, n, s)), config.horizons[-1:])
+        for s in range(config.n_seeds): arrays[f"{n} {s}"] = ask(train_landmarks(make_task(shared, config, n, s)), config.horizons)
     with whole_file(Path(work)/job.file) as partial, open(partial, "wb") as handle: np.savez(handle, **arrays)
 
 

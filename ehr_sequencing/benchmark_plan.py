@@ -26,10 +26,10 @@ from .splits import split_patients
 from .synthetic import OUTCOME_CODE, SyntheticCohort, simulate_cohort
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
-# %% ../nbs/17g_benchmark_plan.ipynb #7d5e0c0f
+# %% ../nbs/17g_benchmark_plan.ipynb #70a58b4e
 PRESETS = { # how much is run
     "quick": {"num_patients": 1200, "sizes": (100, "all"), "n_seeds": 3, "epochs": 12, "presentations": 3_000, "trials": 1, "model_size": "small"},
-    "standard": {"num_patients": 14_000, "sizes": (100, 300, 1000, 3000, 10_000), "n_seeds": 3, "epochs": 30, "presentations": 40_000, "trials": 3, "model_size": "small"},
+    "standard": {"num_patients": 14_000, "sizes": (100, 300, 1000, 3000, 10_000), "n_seeds": 3, "epochs": 30, "presentations": 30_000, "trials": 3, "model_size": "small"},
     "full": {"num_patients": 140_000, "sizes": (100, 300, 1000, 3000, 10_000, 30_000, "all"), "n_seeds": 5, "epochs": 50, "presentations": 1_000_000, "trials": 3, "model_size": "medium"},
 }
 COMPARED = ("arms", "losses")
@@ -91,6 +91,11 @@ class BenchmarkConfig:
     def fitting(self) -> FittingSettings: # of every network
         "How networks are trained."
         return FittingSettings(epochs=self.epochs, presentations=self.presentations, model_size=self.model_size, max_tokens=self.max_tokens, token_budget=self.token_budget, device=self.device)
+
+    @property
+    def pretraining(self) -> FittingSettings: # of the encoder of each seed
+        "How encoders are pre-trained: by the same rule, with twice the presentations, since one encoder serves three arms and all sizes."
+        return dataclasses.replace(self.fitting, presentations=2 * self.presentations)
 
 # %% ../nbs/17g_benchmark_plan.ipynb #9d1ea081
 def _check_config(config):

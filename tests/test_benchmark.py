@@ -69,7 +69,7 @@ def test_seed_matters(tmp_path, whole):
     process = start(tmp_path, "other", "--seed", 1, "--n_jobs", 1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert numbers(tmp_path / "other")["table"] != numbers(whole)["table"]
+    assert numbers(tmp_path / "other")["results"] != numbers(whole)["results"]
 
 
 class Hindsight:

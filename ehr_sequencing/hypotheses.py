@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SCRATCH', 'LORA', 'LSTM', 'COX', 'TREES', 'MIN_EVENTS', 'MARGIN', 'EXPECTED_GAIN', 'MIN_SAVED', 'OUTCOMES',
-           'Verdict', 'decide_hypotheses', 'red_flags']
+           'QUESTIONS', 'Verdict', 'decide_hypotheses', 'red_flags']
 
-# %% ../nbs/17da_hypotheses.ipynb #89b1960d
+# %% ../nbs/17da_hypotheses.ipynb #4fa17f6a
 from dataclasses import dataclass, field
 
 import numpy as np
-from .benchmark_results import BenchmarkResults
 from .benchmark_scores import ORACLE, BenchmarkScores, Difference
 
-# %% ../nbs/17da_hypotheses.ipynb #8e46244b
+# %% ../nbs/17da_hypotheses.ipynb #3bb8ccf8
 FULL, SCRATCH, LORA = "BEHRT, pre-trained, full", "BEHRT, from scratch", "BEHRT, pre-trained, LoRA"
 LSTM, COX, TREES = "LSTM", "Cox, counts", "boosted trees, counts"
 MIN_EVENTS = 20 # test patients with the event, below which nothing is decided
@@ -21,6 +20,8 @@ MARGIN = 0.01 # of C: smaller differences count as none
 EXPECTED_GAIN = 0.05 # of the LSTM's C, the least that was expected of BEHRT
 MIN_SAVED = 0.8 # share of the trainable parameters that LoRA should save
 OUTCOMES = ("supported", "refuted", "not decided")
+QUESTIONS = (("H1", "Does pre-training help?"), ("H2", "Does BEHRT beat the LSTM?"), ("H3", "Does LoRA match full fine-tuning, with at least 80 % fewer trainable parameters?"),
+             ("H4", "Does BEHRT generalise better than the LSTM, with a smaller gap between training and test?"), ("H5", "Do networks beat Cox regression and boosted trees on counts?"))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def _obstacle(scores: BenchmarkScores, *arms: str) -> str:
     if (n := results.test.n_patients_with_event) < MIN_EVENTS: return f"Of the test patients only {n} have the event; with fewer than {MIN_EVENTS} no interval can be trusted."
     there = {c.arm for c in results.cells if c.n_labels == largest}
     if missing := [arm for arm in arms if arm not in there]: return f"There is no arm {' and no arm '.join(repr(arm) for arm in missing)} with {largest:,} labelled patients."
-    if leaking := [arm for arm in arms if any(c.leak for c in results.cells if c.arm == arm)]: return f"The leak checks found something in {' and '.join(leaking)}, so that its scores are worth nothing."
+    if leaking := [arm for arm in arms if any(c.leak for c in results.cells if c.arm == arm)]: return f"The leak checks found something in {' and '.join(repr(arm) for arm in leaking)}, and scores of an arm that looks ahead are worth nothing."
     return ""
 
 
@@ -57,17 +58,12 @@ def _outcome(low: float, high: float) -> str:
 
 def _in_words(d: Difference) -> str:
     "A difference with its interval."
-    if d.metric.startswith("relative_"): return f"{d.value:+.1%} ({100 * d.level:.4g} % interval {d.low:+.1%} to {d.high:+.1%})".replace("%", " %").replace("  %", " %")
+    if d.metric.startswith("relative_"): return f"{100 * d.value:+.1f} % ({100 * d.level:.4g} % interval {100 * d.low:+.1f} to {100 * d.high:+.1f} %)"
     return f"{d.value:+.3f} ({100 * d.level:.4g} % interval {d.low:+.3f} to {d.high:+.3f})"
 
-# %% ../nbs/17da_hypotheses.ipynb #f237ae02
-def _size(scores, n_labels) -> str:
-    "C of the arms of one size."
-    return f"with {n_labels:,} labelled patients"
-
-
+# %% ../nbs/17da_hypotheses.ipynb #cfc3e84a
 def _pre_training(scores: BenchmarkScores, margin: float) -> Verdict:
-    question = "H1", "Does pre-training help?"
+    question = QUESTIONS[0]
     if why := _obstacle(scores, FULL, SCRATCH): return _undecided(*question, why)
     *smaller, largest = scores.results.sizes
     primary = scores.difference(FULL, SCRATCH)
@@ -76,12 +72,13 @@ def _pre_training(scores: BenchmarkScores, margin: float) -> Verdict:
     words += f" With {largest:,} labelled patients, C of BEHRT that was pre-trained and then trained in full differs from that of BEHRT from scratch by {_in_words(primary)}."
     if -margin < primary.low and primary.high < margin: words += f" Whatever difference there is, is smaller than {margin:g}."
     others = [scores.difference(FULL, SCRATCH, n, level=level) for n in smaller if {FULL, SCRATCH} <= {c.arm for c in scores.results.cells if c.n_labels == n}]
-    if others: words += f" With fewer, each at {100 * level:.4g} % since there are {len(smaller)} such sizes: " + "; ".join(f"{d.n_labels:,} patients {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in others) + "."
+    found = "; ".join(f"{d.n_labels:,} patients {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in others)
+    if others: words += f" With fewer ({100 * level:.4g} % intervals" + (f", since there are {len(smaller)} such sizes" if len(smaller) > 1 else "") + f"): {found}."
     return Verdict(*question, outcome, words, [primary, *others], scores.level)
 
-# %% ../nbs/17da_hypotheses.ipynb #ee466327
+# %% ../nbs/17da_hypotheses.ipynb #4733a01d
 def _against_lstm(scores: BenchmarkScores) -> Verdict:
-    question = "H2", "Does BEHRT beat the LSTM?"
+    question = QUESTIONS[1]
     if why := _obstacle(scores, FULL, LSTM): return _undecided(*question, why)
     primary, relative = scores.difference(FULL, LSTM), scores.difference(FULL, LSTM, metric="relative_c_index")
     outcome = _outcome(primary.low, primary.high)
@@ -96,9 +93,9 @@ def _against_lstm(scores: BenchmarkScores) -> Verdict:
         words += f" From scratch BEHRT differs from the LSTM by {_in_words(differences[-1])}."
     return Verdict(*question, outcome, words, differences, scores.level)
 
-# %% ../nbs/17da_hypotheses.ipynb #7ee0b3f0
+# %% ../nbs/17da_hypotheses.ipynb #ed171ad1
 def _lora(scores: BenchmarkScores, margin: float) -> Verdict:
-    question = "H3", f"Does LoRA match full fine-tuning, within {margin:g} of C, with 80 to 90 % fewer trainable parameters?"
+    question = QUESTIONS[2]
     if why := _obstacle(scores, LORA, FULL): return _undecided(*question, why)
     level = 1 - 2 * (1 - scores.level)
     primary = scores.difference(LORA, FULL, level=level)
@@ -110,12 +107,11 @@ def _lora(scores: BenchmarkScores, margin: float) -> Verdict:
     words += f" It trains {few:,.0f} numbers instead of {many:,.0f}, {100 * saved:.0f} % fewer" + (", and not the 80 % that it should save." if saved < MIN_SAVED else ".")
     return Verdict(*question, outcome, words, [primary], level)
 
-# %% ../nbs/17da_hypotheses.ipynb #d68a1405
+# %% ../nbs/17da_hypotheses.ipynb #1cb0975e
 def _generalises(scores: BenchmarkScores) -> Verdict:
-    question = "H4", "Does BEHRT generalise better than the LSTM, with a smaller gap between training and test?"
+    question = QUESTIONS[3]
     if why := _obstacle(scores, FULL, LSTM): return _undecided(*question, why)
-    try: primary, gaps = scores.difference(FULL, LSTM, metric="gap"), [scores.score(arm, metric="gap") for arm in (FULL, LSTM)]
-    except ValueError as error: return _undecided(*question, f"{error}.")
+    primary, gaps = scores.difference(FULL, LSTM, metric="gap"), [scores.score(arm, metric="gap") for arm in (FULL, LSTM)]
     outcome = _outcome(-primary.high, -primary.low)
     words = {"supported": "Yes.", "refuted": "No, its gap is larger.", "not decided": "Not decided."}[outcome]
     words += f" C at landmarks of the training patients is higher than at those of the test patients by {gaps[0].value:+.3f} for BEHRT, pre-trained, and by {gaps[1].value:+.3f} for the LSTM; the two gaps differ by {_in_words(primary)}."
@@ -124,51 +120,72 @@ def _generalises(scores: BenchmarkScores) -> Verdict:
     if gap: words += f" The true risks, which were fitted to nothing, have a gap of {gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}): so much comes from the training patients being easier or harder to rank."
     return Verdict(*question, outcome, words, [primary], scores.level)
 
-# %% ../nbs/17da_hypotheses.ipynb #7441383e
+# %% ../nbs/17da_hypotheses.ipynb #79d9062d
 def _against_counts(scores: BenchmarkScores) -> Verdict:
-    question, results = ("H5", "Do networks beat Cox regression and boosted trees on counts?"), scores.results
+    question, results = QUESTIONS[4], scores.results
     if why := _obstacle(scores, FULL, COX, TREES): return _undecided(*question, why)
-    others = [arm for arm in results.arms if results.kinds[arm] == "network" and arm != FULL and not _obstacle(scores, arm)]
+    networks = [arm for arm in results.arms if results.kinds[arm] == "network" and arm != FULL]
+    others = [arm for arm in networks if not _obstacle(scores, arm)]
     strict, differences, found = 1 - (1 - scores.level) / max(1, len(others)), [], {}
     for arm in (FULL, *others):
         level = scores.level if arm == FULL else strict
         both = [scores.difference(arm, baseline, level=level) for baseline in (COX, TREES)]
         beaten = any(d.value < 0 and d.p_value <= (1 - level) / 2 for d in both)
         found[arm], differences = "supported" if all(d.low > 0 for d in both) else "refuted" if beaten else "not decided", differences + both
-    outcome = found[FULL]
-    words = {"supported": "Yes, the best equipped of them does.", "refuted": "No, the best equipped of them does not.", "not decided": "Not decided."}[outcome]
+    words = {"supported": "Yes, BEHRT does.", "refuted": "No, BEHRT does not.", "not decided": "Not decided."}[found[FULL]]
     words += f" C of BEHRT, pre-trained, differs from that of Cox regression by {_in_words(differences[0])} and from that of boosted trees by {_in_words(differences[1])}."
-    for kind, said in (("supported", "Better than both"), ("refuted", "Worse than one of the two"), ("not decided", "Not told apart from one of them")):
-        if names := [arm for arm in others if found[arm] == kind]: words += f" {said}, at {100 * strict:.4g} % since {len(others)} more networks are asked: {'; '.join(names)}."
-    return Verdict(*question, outcome, words, differences, scores.level)
+    names = {kind: ", ".join(f'"{arm}"' for arm in others if found[arm] == kind) for kind in OUTCOMES}
+    said = zip(OUTCOMES, ("better than both: ", "worse than one of the two: ", "not told apart from at least one of them: "))
+    if others: words += f" Other networks, each at {100 * strict:.4g} % since there are {len(others)}: " + "; ".join(text + names[kind] for kind, text in said if names[kind]) + "."
+    if left := ", ".join(f'"{arm}"' for arm in networks if arm not in others): words += f" Left out, since they look ahead or are missing: {left}."
+    return Verdict(*question, found[FULL], words, differences, scores.level)
 
-# %% ../nbs/17da_hypotheses.ipynb #f8a4c8a9
+# %% ../nbs/17da_hypotheses.ipynb #542717cd
 def decide_hypotheses(
     scores: BenchmarkScores, # of a benchmark
     margin: float = MARGIN, # of C, within which two arms count as equal
 ) -> list: # of five `Verdict`
     "The verdicts H1 to H5. Raises `ValueError` for a margin that is not positive."
     if not margin > 0: raise ValueError(f"margin: expected a positive difference of C, got {margin}")
-    return [_pre_training(scores, margin), _against_lstm(scores), _lora(scores, margin), _generalises(scores), _against_counts(scores)]
+    verdicts = []
+    for question, decide in zip(QUESTIONS, (lambda: _pre_training(scores, margin), lambda: _against_lstm(scores), lambda: _lora(scores, margin), lambda: _generalises(scores), lambda: _against_counts(scores))):
+        try: verdicts.append(decide())
+        except ValueError as error: verdicts.append(_undecided(*question, f"{error}."))  # a score without an interval
+    return verdicts
 
-# %% ../nbs/17da_hypotheses.ipynb #e363496a
+# %% ../nbs/17da_hypotheses.ipynb #1f13d218
+def _surely_above(scores: BenchmarkScores, first: str, second: str, n_labels: int) -> Difference | None:
+    "The difference of C if its interval lies above 0."
+    try: d = scores.difference(first, second, n_labels)
+    except ValueError: return None  # too few events for an interval
+    return d if d.low > 0 else None
+
+
+def _flagged_arms(scores: BenchmarkScores) -> list:
+    "Arms that look ahead, beat the oracle, or do not beat the control."
+    results, flags, control = scores.results, [], scores.control
+    for arm in results.arms:
+        if leaks := sorted({c.leak for c in results.cells if c.arm == arm and c.leak}): flags.append(f'"{arm}" looks ahead: {"; ".join(leaks)}. No verdict uses it.')
+    for n in results.sizes:
+        arms = [arm for arm in results.arms if any((c.arm, c.n_labels) == (arm, n) for c in results.cells)]
+        above = [d for arm in arms * scores.has_oracle if (d := _surely_above(scores, arm, ORACLE, n))]
+        if above: flags.append(f"With {n:,} labelled patients, C of these arms lies above that of the true risks, so they must know something that they should not: " + ", ".join(f'"{d.first}" by {_in_words(d)}' for d in above) + ".")
+        below = [arm for arm in arms if arm != control and not _surely_above(scores, arm, control, n)] if control in arms else []
+        if below: flags.append(f'With {n:,} labelled patients these arms are not shown to be better than the control, "{control}": ' + ", ".join(f'"{arm}"' for arm in below) + ".")
+    return flags
+
+
 def red_flags(
     scores: BenchmarkScores, # of a benchmark
-) -> list: # of sentences; none if there is nothing
+) -> list: # of sentences; empty if there is nothing
     "What a reader must know before anything else."
-    results, flags, control = scores.results, [], scores.control
-    if (n := results.test.n_patients_with_event) < MIN_EVENTS: flags.append(f"Only {n} test patients have the event. With fewer than {MIN_EVENTS} nothing is decided.")
-    for arm in results.arms:
-        if leaks := sorted({c.leak for c in results.cells if c.arm == arm and c.leak}): flags.append(f"{arm} looks ahead: {'; '.join(leaks)}. No verdict uses it.")
-    arms = {n: [arm for arm in results.arms if any((c.arm, c.n_labels) == (arm, n) for c in results.cells)] for n in results.sizes}
-    for n in results.sizes if scores.has_oracle else ():
-        for d in (scores.difference(arm, ORACLE, n) for arm in arms[n]):
-            if d.low > 0: flags.append(f"C of {d.first} with {n:,} labelled patients lies above that of the true risks, by {_in_words(d)}. It knows something that it should not.")
-    for n in results.sizes if control else ():
-        if control not in arms[n]: continue
-        if not_above := [arm for arm in arms[n] if arm != control and not scores.difference(arm, control, n).low > 0]: flags.append(f"With {n:,} labelled patients these arms are not shown to be better than the control, {control}: {'; '.join(not_above)}.")
+    results, flags = scores.results, _flagged_arms(scores)
+    if (n := results.test.n_patients_with_event) < MIN_EVENTS: flags.insert(0, f"Only {n} test patients have the event. With fewer than {MIN_EVENTS} nothing is decided.")
     if len(results.seeds) == 1: flags.append("There is one seed, so intervals do not cover what another seed would have given.")
-    if missing := [(arm, n, s) for n in results.sizes for arm in results.arms for s in results.seeds if (arm, n, s) not in {c.key for c in results.cells}]: flags.append(f"{len(missing)} of {len(missing) + len(results.cells)} cells are missing, first {missing[0][0]} with {missing[0][1]:,} labelled patients and seed {missing[0][2]}.")
-    largest = scores.table[scores.table.n_labels == max(results.sizes)]
-    for row in largest[(largest.observed_expected < 0.5) | (largest.observed_expected > 2)].itertuples(): flags.append(f"The risks of {row.arm} are far off: with {row.n_labels:,} labelled patients, the observed share of events is {row.observed_expected:.2f} times the predicted.")
+    there = {c.key for c in results.cells}
+    planned = [(arm, n, s) for n in results.sizes for arm in results.arms for s in results.seeds]
+    if missing := [key for key in planned if key not in there]: flags.append(f"{len(missing)} of {len(planned)} cells are missing, the first one {missing[0][0]} with {missing[0][1]:,} labelled patients and seed {missing[0][2]}.")
+    largest = scores.table[(scores.table.n_labels == max(results.sizes)).fillna(False)]
+    far = largest[(largest.observed_expected < 0.5) | (largest.observed_expected > 2)]
+    if len(far): flags.append("Risks of these arms are far off; the observed share of events, divided by the predicted: " + ", ".join(f'"{row.arm}" {row.observed_expected:.2f}' for row in far.itertuples()) + ".")
     return flags

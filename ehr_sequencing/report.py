@@ -7,13 +7,14 @@ __all__ = ['TIME_FIELDS', 'METHODS', 'SIGNS', 'METRICS', 'STYLE', 'MACROS', 'PAG
            'Text', 'Items', 'Code', 'Heading', 'Figure', 'Table', 'Outcome', 'Overview', 'Section', 'report_sections',
            'report_markdown', 'report_html', 'draw_figures', 'write_report']
 
-# %% ../nbs/17f_report.ipynb #5eb9ad07
+# %% ../nbs/17f_report.ipynb #a493401b
 import base64
 import io
 import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -424,7 +425,7 @@ def report_sections(
                 Section("limits", "Limits", [Items(contents["limits"])]), _provenance(contents), Section("repeat", "How to repeat it", repeat)]
     return [Section(s.anchor, s.title, [b for b in s.blocks if b is not None]) for s in sections]
 
-# %% ../nbs/17f_report.ipynb #36eb5b97
+# %% ../nbs/17f_report.ipynb #07c79367
 def _md(text):
     "Text with the signs of Markdown taken as they are."
     text = " ".join(str(text).split()).replace("&", "&amp;")
@@ -442,7 +443,7 @@ def _markdown(block):
     if block.form == "items":
         lines = [f"- {_md(item)}" for item in block.items]
         return "\n".join(lines) if not block.heading else "\n".join(f"> {line}".rstrip() for line in [f"**{_md(block.heading)}**", "", *lines])
-    if block.form == "table": return f"**{_md(block.caption)}**\n\n" + markdown_table(pd.DataFrame([[_md(cell) for cell in row] for row in block.rows], columns=[_md(c) for c in block.columns]))
+    if block.form == "table": return f"**{_md(block.caption)}**\n\n" + markdown_table(pd.DataFrame([[_md(cell) for cell in row] for row in block.rows], columns=[_md(c).replace("|", "\\|") for c in block.columns]))
     parts = [f"### {_md(block.name)}. {_md(block.question)}", f"**{SIGNS[block.outcome]} {block.outcome}.** {_md(block.words)}", _md(block.note) if block.note else "", _markdown(block.table) if block.table else ""]
     return "\n\n".join(part for part in parts if part)
 
@@ -482,13 +483,13 @@ nav { padding: 0; } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; li
 .calm { background: var(--calm); color: var(--calm-text); border-color: var(--good); font-size: .92rem; }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #380a5647
+# %% ../nbs/17f_report.ipynb #c35059ee
 STYLE += """
 .verdict { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; }
 .verdict h3 { margin: 0 0 .4rem; }
 .badge { display: inline-block; color: var(--on); font-weight: 600; font-size: .88rem; line-height: 1.3; padding: .16rem .6rem; border-radius: 1rem; margin-right: .4rem; white-space: nowrap; }
 .badge.supported { background: var(--good); } .badge.refuted { background: var(--bad); border-radius: 0; } .badge.not-decided { background: var(--ground); color: var(--open); border: 1.5px dashed var(--open); }
-.verdict-list { list-style: none; padding: 0; } .verdict-list li { display: grid; grid-template-columns: 8.2rem 1fr; align-items: start; margin: .4rem 0; } .verdict-list .badge { justify-self: start; }
+.verdict-list { list-style: none; padding: 0; } .verdict-list li { display: grid; grid-template-columns: 8.9rem 1fr; align-items: start; margin: .4rem 0; } .verdict-list .badge { justify-self: start; }
 .scroll { overflow-x: auto; margin: 1rem 0 1.4rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 22rem; }
@@ -548,7 +549,7 @@ MACROS = """
 {%- endmacro -%}
 """
 
-# %% ../nbs/17f_report.ipynb #7a029367
+# %% ../nbs/17f_report.ipynb #da0e478b
 PAGE = """
 <!DOCTYPE html>
 <html lang="en">
@@ -583,6 +584,10 @@ def _numeric(table, column):
     return column > 0 and table.columns[column] not in ("value", "date or time", "expected") and all(not row[column] or row[column][0] in "+-<0123456789" or row[column] == "not defined" for row in table.rows)
 
 
+@cache
+def _template(): return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(MACROS + PAGE)
+
+
 def report_html(
     title: str, # of the page
     asked: str, # paragraph below it
@@ -590,8 +595,7 @@ def report_html(
     images: dict, # name of a figure -> its SVG, as bytes
 ) -> str:
     "The report as one page of HTML, with everything in it."
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(MACROS + PAGE).render(title=title, asked=asked, sections=sections, images={name: base64.b64encode(svg).decode() for name, svg in images.items()}, style=STYLE, signs=SIGNS, numeric=_numeric) + "\n"
+    return _template().render(title=title, asked=asked, sections=sections, images={name: base64.b64encode(svg).decode() for name, svg in images.items()}, style=STYLE, signs=SIGNS, numeric=_numeric) + "\n"
 
 # %% ../nbs/17f_report.ipynb #e9e3f14a
 def _saved(draw):

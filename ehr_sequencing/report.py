@@ -226,7 +226,7 @@ class Section:
     title: str
     blocks: list
 
-# %% ../nbs/17f_report.ipynb #2b02884e
+# %% ../nbs/17f_report.ipynb #d09c8216
 def _years(days):
     "365 -> 1 year, 30 -> 30 days."
     years = days / 365
@@ -246,7 +246,7 @@ def _asked(contents):
     said.append(f"It has learned from {' or '.join([', '.join(sizes[:-1]), sizes[-1]]) if len(sizes) > 1 else sizes[0]} labelled patients, with {len(contents['seeds'])} seed{'s' if len(contents['seeds']) > 1 else ''}{' (preset ' + about['preset'] + ')' if 'preset' in about else ''}.")
     return " ".join(said)
 
-
+# %% ../nbs/17f_report.ipynb #596f713a
 def _arm_name(row): return row["arm"] + {"control": " (control)", "oracle": " (knows the truth)"}.get(row["kind"], "")
 
 
@@ -369,7 +369,7 @@ def _who(contents):
     if about.get("notes"): blocks += [Heading("Notes of the reader"), Items(about["notes"])]
     return Section("patients", "Who was in it", [Text("Counts of patients from 1 to 9 are shown as <10."), *blocks])
 
-# %% ../nbs/17f_report.ipynb #600c24c4
+# %% ../nbs/17f_report.ipynb #94fa33e3
 def _tally(values):
     "How often what was chosen, most often first."
     counts = {v: values.count(v) for v in dict.fromkeys(values) if v}
@@ -392,7 +392,7 @@ def _arms(contents):
     chosen = Table("What was chosen, over the seeds.", ["arm", "labelled patients", "setting", "epochs"], [[arm, f"{n:,}", _tally([f["setting"] for f in cells]), _span([f["epochs"] for f in cells])] for (arm, n), cells in fits.items()], folded=True)
     return Section("arms", "Arms and their settings", [table, chosen])
 
-
+# %% ../nbs/17f_report.ipynb #bf40dd24
 def _flat(value, name=""):
     "Nested facts as rows of name and text."
     if isinstance(value, dict): return [row for k, v in value.items() for row in _flat(v, f"{name} {k}".strip())]
@@ -549,7 +549,7 @@ MACROS = """
 {%- endmacro -%}
 """
 
-# %% ../nbs/17f_report.ipynb #da0e478b
+# %% ../nbs/17f_report.ipynb #0f290c08
 PAGE = """
 <!DOCTYPE html>
 <html lang="en">
@@ -578,7 +578,7 @@ PAGE = """
 </html>
 """.lstrip()
 
-
+# %% ../nbs/17f_report.ipynb #a113cf57
 def _numeric(table, column):
     "Is every cell of this column a number, with or without an interval and a unit?"
     return column > 0 and table.columns[column] not in ("value", "date or time", "expected") and all(not row[column] or row[column][0] in "+-<0123456789" or row[column] == "not defined" for row in table.rows)
@@ -597,7 +597,7 @@ def report_html(
     "The report as one page of HTML, with everything in it."
     return _template().render(title=title, asked=asked, sections=sections, images={name: base64.b64encode(svg).decode() for name, svg in images.items()}, style=STYLE, signs=SIGNS, numeric=_numeric) + "\n"
 
-# %% ../nbs/17f_report.ipynb #e9e3f14a
+# %% ../nbs/17f_report.ipynb #a84fe9be
 def _saved(draw):
     "What a function draws, as SVG and PNG; the same bytes for the same figure."
     import matplotlib.pyplot as plt
@@ -622,7 +622,7 @@ def _drawings(contents, results, scores, verdicts):
         "costs_trainable": (lambda: plot_costs(scores, against="trainable"), lambda: describe_costs(scores, against="trainable"), "C-index against the number of trainable parameters."),
         "costs_time": (lambda: plot_costs(scores, against="cpu_seconds"), lambda: "C-index of each arm against the CPU time of a fit, on a logarithmic axis. The table below has the numbers.", "C-index against the CPU time of a fit.")}
 
-
+# %% ../nbs/17f_report.ipynb #6ad6ad7d
 def draw_figures(
     contents: dict, # of `report_contents`
     results: BenchmarkResults, # the cells

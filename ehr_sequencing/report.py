@@ -7,13 +7,14 @@ __all__ = ['TIME_FIELDS', 'METHODS', 'SIGNS', 'METRICS', 'STYLE', 'MACROS', 'PAG
            'Text', 'Items', 'Code', 'Heading', 'Figure', 'Table', 'Outcome', 'Overview', 'Section', 'report_sections',
            'report_markdown', 'report_html', 'draw_figures', 'write_report']
 
-# %% ../nbs/17f_report.ipynb #5eb9ad07
+# %% ../nbs/17f_report.ipynb #a493401b
 import base64
 import io
 import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -225,7 +226,7 @@ class Section:
     title: str
     blocks: list
 
-# %% ../nbs/17f_report.ipynb #2b02884e
+# %% ../nbs/17f_report.ipynb #d09c8216
 def _years(days):
     "365 -> 1 year, 30 -> 30 days."
     years = days / 365
@@ -245,7 +246,7 @@ def _asked(contents):
     said.append(f"It has learned from {' or '.join([', '.join(sizes[:-1]), sizes[-1]]) if len(sizes) > 1 else sizes[0]} labelled patients, with {len(contents['seeds'])} seed{'s' if len(contents['seeds']) > 1 else ''}{' (preset ' + about['preset'] + ')' if 'preset' in about else ''}.")
     return " ".join(said)
 
-
+# %% ../nbs/17f_report.ipynb #596f713a
 def _arm_name(row): return row["arm"] + {"control": " (control)", "oracle": " (knows the truth)"}.get(row["kind"], "")
 
 
@@ -368,7 +369,7 @@ def _who(contents):
     if about.get("notes"): blocks += [Heading("Notes of the reader"), Items(about["notes"])]
     return Section("patients", "Who was in it", [Text("Counts of patients from 1 to 9 are shown as <10."), *blocks])
 
-# %% ../nbs/17f_report.ipynb #600c24c4
+# %% ../nbs/17f_report.ipynb #94fa33e3
 def _tally(values):
     "How often what was chosen, most often first."
     counts = {v: values.count(v) for v in dict.fromkeys(values) if v}
@@ -391,7 +392,7 @@ def _arms(contents):
     chosen = Table("What was chosen, over the seeds.", ["arm", "labelled patients", "setting", "epochs"], [[arm, f"{n:,}", _tally([f["setting"] for f in cells]), _span([f["epochs"] for f in cells])] for (arm, n), cells in fits.items()], folded=True)
     return Section("arms", "Arms and their settings", [table, chosen])
 
-
+# %% ../nbs/17f_report.ipynb #bf40dd24
 def _flat(value, name=""):
     "Nested facts as rows of name and text."
     if isinstance(value, dict): return [row for k, v in value.items() for row in _flat(v, f"{name} {k}".strip())]
@@ -424,7 +425,7 @@ def report_sections(
                 Section("limits", "Limits", [Items(contents["limits"])]), _provenance(contents), Section("repeat", "How to repeat it", repeat)]
     return [Section(s.anchor, s.title, [b for b in s.blocks if b is not None]) for s in sections]
 
-# %% ../nbs/17f_report.ipynb #36eb5b97
+# %% ../nbs/17f_report.ipynb #07c79367
 def _md(text):
     "Text with the signs of Markdown taken as they are."
     text = " ".join(str(text).split()).replace("&", "&amp;")
@@ -442,7 +443,7 @@ def _markdown(block):
     if block.form == "items":
         lines = [f"- {_md(item)}" for item in block.items]
         return "\n".join(lines) if not block.heading else "\n".join(f"> {line}".rstrip() for line in [f"**{_md(block.heading)}**", "", *lines])
-    if block.form == "table": return f"**{_md(block.caption)}**\n\n" + markdown_table(pd.DataFrame([[_md(cell) for cell in row] for row in block.rows], columns=[_md(c) for c in block.columns]))
+    if block.form == "table": return f"**{_md(block.caption)}**\n\n" + markdown_table(pd.DataFrame([[_md(cell) for cell in row] for row in block.rows], columns=[_md(c).replace("|", "\\|") for c in block.columns]))
     parts = [f"### {_md(block.name)}. {_md(block.question)}", f"**{SIGNS[block.outcome]} {block.outcome}.** {_md(block.words)}", _md(block.note) if block.note else "", _markdown(block.table) if block.table else ""]
     return "\n\n".join(part for part in parts if part)
 
@@ -482,13 +483,13 @@ nav { padding: 0; } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; li
 .calm { background: var(--calm); color: var(--calm-text); border-color: var(--good); font-size: .92rem; }
 """.strip()
 
-# %% ../nbs/17f_report.ipynb #380a5647
+# %% ../nbs/17f_report.ipynb #c35059ee
 STYLE += """
 .verdict { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; }
 .verdict h3 { margin: 0 0 .4rem; }
 .badge { display: inline-block; color: var(--on); font-weight: 600; font-size: .88rem; line-height: 1.3; padding: .16rem .6rem; border-radius: 1rem; margin-right: .4rem; white-space: nowrap; }
 .badge.supported { background: var(--good); } .badge.refuted { background: var(--bad); border-radius: 0; } .badge.not-decided { background: var(--ground); color: var(--open); border: 1.5px dashed var(--open); }
-.verdict-list { list-style: none; padding: 0; } .verdict-list li { display: grid; grid-template-columns: 8.2rem 1fr; align-items: start; margin: .4rem 0; } .verdict-list .badge { justify-self: start; }
+.verdict-list { list-style: none; padding: 0; } .verdict-list li { display: grid; grid-template-columns: 8.9rem 1fr; align-items: start; margin: .4rem 0; } .verdict-list .badge { justify-self: start; }
 .scroll { overflow-x: auto; margin: 1rem 0 1.4rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 22rem; }
@@ -548,7 +549,7 @@ MACROS = """
 {%- endmacro -%}
 """
 
-# %% ../nbs/17f_report.ipynb #7a029367
+# %% ../nbs/17f_report.ipynb #0f290c08
 PAGE = """
 <!DOCTYPE html>
 <html lang="en">
@@ -577,10 +578,14 @@ PAGE = """
 </html>
 """.lstrip()
 
-
+# %% ../nbs/17f_report.ipynb #a113cf57
 def _numeric(table, column):
     "Is every cell of this column a number, with or without an interval and a unit?"
     return column > 0 and table.columns[column] not in ("value", "date or time", "expected") and all(not row[column] or row[column][0] in "+-<0123456789" or row[column] == "not defined" for row in table.rows)
+
+
+@cache
+def _template(): return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(MACROS + PAGE)
 
 
 def report_html(
@@ -590,10 +595,9 @@ def report_html(
     images: dict, # name of a figure -> its SVG, as bytes
 ) -> str:
     "The report as one page of HTML, with everything in it."
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(MACROS + PAGE).render(title=title, asked=asked, sections=sections, images={name: base64.b64encode(svg).decode() for name, svg in images.items()}, style=STYLE, signs=SIGNS, numeric=_numeric) + "\n"
+    return _template().render(title=title, asked=asked, sections=sections, images={name: base64.b64encode(svg).decode() for name, svg in images.items()}, style=STYLE, signs=SIGNS, numeric=_numeric) + "\n"
 
-# %% ../nbs/17f_report.ipynb #e9e3f14a
+# %% ../nbs/17f_report.ipynb #a84fe9be
 def _saved(draw):
     "What a function draws, as SVG and PNG; the same bytes for the same figure."
     import matplotlib.pyplot as plt
@@ -618,7 +622,7 @@ def _drawings(contents, results, scores, verdicts):
         "costs_trainable": (lambda: plot_costs(scores, against="trainable"), lambda: describe_costs(scores, against="trainable"), "C-index against the number of trainable parameters."),
         "costs_time": (lambda: plot_costs(scores, against="cpu_seconds"), lambda: "C-index of each arm against the CPU time of a fit, on a logarithmic axis. The table below has the numbers.", "C-index against the CPU time of a fit.")}
 
-
+# %% ../nbs/17f_report.ipynb #6ad6ad7d
 def draw_figures(
     contents: dict, # of `report_contents`
     results: BenchmarkResults, # the cells

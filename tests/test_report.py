@@ -22,6 +22,7 @@ NOISE = {"visit count": 4.0, "Cox, counts": 1.0, "boosted trees, counts": 1.0, "
 KINDS = {"visit count": "control", "Cox, counts": "baseline", "boosted trees, counts": "baseline"}
 VOID = {"meta", "img", "br", "link", "input", "hr", "col", "wbr"}
 INSIDE = {"td": "tr", "th": "tr", "tr": ("thead", "tbody"), "thead": "table", "tbody": "table", "caption": "table", "li": "ul", "figcaption": "figure", "summary": "details", "html": None, "head": "html", "body": "html"}
+NAMES = st.text(max_size=40) | st.lists(st.sampled_from(["<", ">", "&", "lt;", "</th>", "<b>", "\"", "'", "|", "\\", "`", "*", "_", "#", "[", "]", " ", "{{", "}}", "a"]), max_size=8).map("".join)
 PHRASING = {"p", "h1", "h2", "h3", "span", "a", "code"} # hold no block
 
 
@@ -64,10 +65,13 @@ def judged(results, n_resamples=60):
     return scores, decide_hypotheses(scores), red_flags(scores)
 
 
-def write(folder, results, **changes):
+def write(folder, results, figures=False, **changes):
+    "A report, name of a file -> its bytes; figures take most of the time."
     folder.mkdir()
     scores, verdicts, flags = judged(results)
-    write_report(folder, results, scores, verdicts, changes.get("flags", flags))
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures: patch.setattr("ehr_sequencing.report.draw_figures", lambda *_: ({}, {}))
+        write_report(folder, results, scores, verdicts, changes.get("flags", flags))
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -81,7 +85,7 @@ def results():
 
 
 @pytest.fixture(scope="module")
-def report(results, tmp_path_factory): return write(tmp_path_factory.mktemp("report") / "r", results)
+def report(results, tmp_path_factory): return write(tmp_path_factory.mktemp("report") / "r", results, figures=True)
 
 
 def test_page_is_valid_and_stands_alone(report):
@@ -135,17 +139,17 @@ def timeless(html): return re.sub(r'<td class="(?:num )?time">.*?</td>|<figure c
 
 
 def test_same_results_same_bytes_and_times_are_apart(results, report, tmp_path):
-    assert write(tmp_path / "again", results) == report
     generator = np.random.default_rng(0)
     cells = [replace(c, seconds=c.seconds * generator.uniform(0.5, 3), cpu_seconds=c.cpu_seconds * generator.uniform(0.5, 3)) for c in results.cells]
     about = results.about | {"date": "2027-05-06", "seconds": 99.0, "cpu_seconds": 98.0, "pretraining": [results.about["pretraining"][0] | {"seconds": 80.0, "cpu_seconds": 79.0}]}
-    other = write(tmp_path / "other", replace(results, cells=[cells[i] for i in generator.permutation(len(cells))], about=about))
+    other = write(tmp_path / "other", replace(results, cells=[cells[i] for i in generator.permutation(len(cells))], about=about), figures=True)
     assert {name for name in report if report[name] != other[name]} == {"report.html", "report.md", "results.csv", "results.json", "plots/costs_time.png"}
     assert timeless(report["report.html"].decode()) == timeless(other["report.html"].decode())
     first, second = (json.loads(x["results.json"]) for x in (report, other))
     assert first != second and without_times(first) == without_times(second)
     first, second = ([{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in csv.DictReader(io.StringIO(x["results.csv"].decode()))] for x in (report, other))
     assert first == second
+    assert write(tmp_path / "again", results) == write(tmp_path / "once more", results)
     changed = replace(results, cells=[replace(c, risks=c.risks * (0.9 if i == 3 else 1)) for i, c in enumerate(results.cells)])
     assert without_times(json.loads(write(tmp_path / "changed", changed)["results.json"])) != without_times(json.loads(report["results.json"]))
 
@@ -178,11 +182,11 @@ def test_without_a_flag_the_page_says_what_was_checked(results, tmp_path):
     assert any(f"all {len(results.cells)} fits" in line for line in said["checked"]) and any("oracle" in line for line in said["checked"])
 
 
-@pytest.mark.parametrize("sizes, n_seeds, oracle", [((300,), 1, False), ((300,), 3, True), ((100, 300), 1, False)])
+@pytest.mark.parametrize("sizes, n_seeds, oracle", [((300,), 1, False), ((100, 300), 1, True)])
 def test_one_size_one_seed_no_oracle(sizes, n_seeds, oracle, tmp_path):
     found = imitate_results(NOISE, KINDS, sizes=sizes, n_seeds=n_seeds, n_patients=150)
     if not oracle: found.oracle = None
-    files = write(tmp_path / "r", found)
+    files = write(tmp_path / "r", found, figures=True)
     Page(files["report.html"].decode())
     said = json.loads(files["results.json"])
     assert ("plots/label_efficiency.png" in files) == (len(sizes) > 1) and any(line.startswith(f"{n_seeds} seed{'s' if n_seeds > 1 else ''}, one split") for line in said["limits"])
@@ -191,7 +195,7 @@ def test_one_size_one_seed_no_oracle(sizes, n_seeds, oracle, tmp_path):
 
 def test_other_arms_get_differences_in_place_of_verdicts(tmp_path):
     losses = imitate_results({f"{arm}, {loss}": 1.0 for arm in ("LSTM", "BEHRT, from scratch") for loss in ("NLL", "ranking", "hybrid")}, sizes=(300,), n_patients=150)
-    files = write(tmp_path / "r", losses)
+    files = write(tmp_path / "r", losses, figures=True)
     said, page = json.loads(files["results.json"]), Page(files["report.html"].decode())
     assert len(said["differences"]) == 15 and not any(d["hypothesis"] for d in said["differences"]) and "badge" not in re.sub(r"<style>.*?</style>", "", files["report.html"].decode(), flags=re.S)
     assert sum(len(t) == 16 and t[0][0] == "contrast" for t in page.tables) == 1 and "plots/differences.png" not in files
@@ -225,8 +229,8 @@ def test_pictures_and_data_tell_nothing_of_patients(results, report):
         if name.endswith(".png"): assert not png_texts(content)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.text(max_size=40), st.text(max_size=40))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(NAMES, NAMES)
 def test_any_text_is_safe_in_both_forms(one, other):
     "Whatever an arm is called, the page keeps its tree and gives the same text back; Markdown keeps its number of cells."
     table = Table(one, ["arm", other], [[one, other]])

@@ -297,7 +297,7 @@ def _row(scores: _Scored, arm: str, kind: str, n_labels: int | None) -> dict:
         try: score = scores.score(arm, n_labels, metric)
         except ValueError as error:
             where = "" if n_labels is None else f" with {n_labels} labelled patients"
-            if cells or metric not in ("train_c_index", "gap") or scores.results.oracle_train: scores.notes.append(f"{arm}{where}, {metric}: {error}")
+            if metric not in ("train_c_index", "gap") or cells: scores.notes.append(f"{arm}{where}, {metric}: {error}")
             value = low = high = np.nan
         else: value, low, high = score.value, score.low, score.high
         row |= {metric: value} | ({} if metric == "train_c_index" else {f"{metric}_low": low, f"{metric}_high": high})

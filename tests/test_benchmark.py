@@ -65,6 +65,15 @@ def test_killed_three_times(tmp_path, whole):
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
+def test_a_dask_cluster_gives_the_same_numbers(tmp_path, whole):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        process = start(tmp_path, "run", "--cluster", cluster.scheduler_address)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
 def test_seed_matters(tmp_path, whole):
     process = start(tmp_path, "other", "--seed", 1, "--n_jobs", 1)
     output, _ = process.communicate(timeout=300)

@@ -72,6 +72,7 @@ def drawn_texts(figure):
     Text.draw = note
     try: figure.canvas.draw()
     finally: Text.draw = draw
+    assert not any("$" in t.get_text() and t.get_parse_math() for t in found.values()), "a name is taken for a formula"
     return [(t.get_text(), t.get_window_extent(figure.canvas.get_renderer())) for t in found.values()]
 
 

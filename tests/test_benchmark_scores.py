@@ -59,9 +59,8 @@ def test_nothing_is_silent(results):
     for _, row in scores.table.iterrows():
         assert 0 <= row.c_index <= 1
         for metric in METRICS:
-            where = row.arm if row.kind == "oracle" else f"{row.arm} with 5 labelled patients"
-            assert np.isfinite(row[metric]) or f"{where}, {metric}:" in notes
-            if metric != "train_c_index" and np.isfinite(row[metric]): assert row[f"{metric}_low"] <= row[f"{metric}_high"]
+            assert np.isfinite(row[metric]) or f"{metric} is undefined" in notes or (metric == "integrated_brier" and "needs two horizons" in notes) or (metric == "brier" and not scores.horizons)
+            if metric != "train_c_index" and np.isfinite(row[metric]): assert row[f"{metric}_low"] <= row[f"{metric}_high"] or f"{metric} is without an interval" in notes
     assert np.isfinite(scores.over_time.value).all() and set(scores.over_time.horizon) <= set(scores.horizons)
     assert len(scores.horizons) == 3 or "left out" in notes
 
@@ -104,8 +103,8 @@ def test_the_interval_of_a_difference_covers_one_that_is_not_zero():
     noise = {"a": 0.6, "b": 1.2}
     truth = BenchmarkScores(at_last(imitate_results(noise, sizes=(1000,), n_seeds=3, n_patients=8000)), n_resamples=1).score
     true = truth("a", level=0.5).value - truth("b", level=0.5).value
-    found = [BenchmarkScores(at_last(imitate_results(noise, sizes=(1000,), n_patients=100, seed=s + 1)), n_resamples=200).difference("a", "b") for s in range(120)]
-    assert np.mean([d.low <= true <= d.high for d in found]) > 0.89 and np.mean([d.low > 0 for d in found]) > 0.3
+    found = [BenchmarkScores(at_last(imitate_results(noise, sizes=(1000,), n_patients=100, seed=s + 1)), n_resamples=200).difference("a", "b") for s in range(60)]
+    assert np.mean([d.low <= true <= d.high for d in found]) > 0.86 and np.mean([d.low > 0 for d in found]) > 0.3
 
 
 @pytest.mark.parametrize("S", [2, 3, 5])

@@ -23,20 +23,20 @@ def made(noise, n_patients, seed, n_resamples=150, spread=0.0):
 
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 def test_arms_of_equal_worth_are_rarely_told_apart(spread):
-    "Each side of an interval is wrong in 2.5 % of the benchmarks; of 100, more than 8 would be a surprise."
+    "Each side of an interval is wrong in 2.5 % of the benchmarks; of 60, more than 6 would be a surprise."
     noise = {arm: 1.0 for arm in (COX, TREES, LSTM, SCRATCH, LORA, FULL)}
-    found = np.array([[v.outcome for v in decide_hypotheses(made(noise, 80, s, spread=spread))] for s in range(100)])
+    found = np.array([[v.outcome for v in decide_hypotheses(made(noise, 80, s, spread=spread))] for s in range(60)])
     for h in (0, 1, 3):
-        assert (found[:, h] == "supported").sum() <= 8 and (found[:, h] == "refuted").sum() <= 8
-    assert (found[:, 4] == "supported").sum() <= 6  # both differences at once
+        assert (found[:, h] == "supported").sum() <= 6 and (found[:, h] == "refuted").sum() <= 6
+    assert (found[:, 4] == "supported").sum() <= 4  # both differences at once
     assert (found[:, 2] == "refuted").sum() <= 5
 
 
 def test_equivalence_is_rarely_found_where_there_is_none():
     noise = {LORA: 1.3, FULL: 0.8}  # C differs by about three margins
-    found = [decide_hypotheses(made(noise, 400, s))[2] for s in range(40)]
+    found = [decide_hypotheses(made(noise, 400, s))[2] for s in range(30)]
     assert np.mean([v.differences[0].value for v in found]) < -0.02
-    assert sum(v.outcome == "supported" for v in found) <= 3 and sum(v.outcome == "refuted" for v in found) > 20
+    assert sum(v.outcome == "supported" for v in found) <= 3 and sum(v.outcome == "refuted" for v in found) > 12
 
 
 def test_verdicts_follow_the_noise():
@@ -60,5 +60,5 @@ def test_the_primary_contrast_alone_decides():
 
 def test_an_honest_arm_is_rarely_flagged_against_the_oracle():
     "An arm that knows the truth but for a little noise."
-    flags = [flag for s in range(60) for flag in red_flags(made({"visit count": 6.0, FULL: 0.1}, 150, s)) if "true risks" in flag]
+    flags = [flag for s in range(40) for flag in red_flags(made({"visit count": 6.0, FULL: 0.1}, 150, s)) if "true risks" in flag]
     assert len(flags) <= 4

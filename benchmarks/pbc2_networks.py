@@ -1,0 +1,294 @@
+"""PBC2: the networks of this library, and models on counts of tokens, beside the landmark Cox models: same patients, folds, landmarks, horizons and scores.
+
+    python benchmarks/pbc2_networks.py --data ../shared/data/pbc2/pbc2.csv.gz
+
+Writes benchmarks/results/pbc2_networks.md and the figure beside it. Each fit is kept under experiments/pbc2_networks/ and taken from there when the script is started again. Sizes and learning
+rates were fixed for about 250 training patients before anything was fitted, and nothing was changed after a score had been seen.
+"""
+import json
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import polars as pl
+import torch
+from fastcore.script import call_parse
+from pbc2_landmarks import (ACCURACY, CALIBRATION, ENTRY, HORIZON_YEARS, HORIZONS, LANDMARK_YEARS, N_FOLDS, OTHER_HEADINGS, OUTCOMES, STACKED_YEARS, WITHIN, YEAR, Cohort, cox_risks, crossed_risks,
+                            markdown_rows, prepare, score, score_table, stack_years, with_interval)
+from scipy.sparse import csr_matrix, hstack
+
+from ehr_sequencing.aggregation import assert_no_future_leakage
+from ehr_sequencing.baselines import LandmarkFeatures
+from ehr_sequencing.batches import BatchLoader
+from ehr_sequencing.behrt import BEHRTConfig, count_parameters
+from ehr_sequencing.events import EventTable
+from ehr_sequencing.horizons import labelled_batches
+from ehr_sequencing.jobs import whole_file
+from ehr_sequencing.landmarks import Landmarks
+from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
+from ehr_sequencing.metrics import COLORS
+from ehr_sequencing.next_visit import next_visit_rates, repeat_last_visit
+from ehr_sequencing.outcomes import VisitLabels, label_visits
+from ehr_sequencing.period_models import BoostedTreesBaseline, LogisticBaseline
+from ehr_sequencing.pretraining import compare_next_visit, pretrain, pretraining_loader
+from ehr_sequencing.sequences import SequenceStore, build_store
+from ehr_sequencing.splits import fold_patients
+from ehr_sequencing.survival import BEHRTForSurvival
+from ehr_sequencing.training import Trainer
+from ehr_sequencing.transformers import HierarchicalConfig, SurvivalTransformer
+from ehr_sequencing.vocabulary import fit_vocabulary
+
+FOLDER = Path("experiments/pbc2_networks")
+N_VALUE_BINS, MIN_PATIENTS = 10, 5
+BINS = YEAR * np.arange(1, 7)  # of the networks: at year 7 a quarter of the last visits lie 1,018 days back, and three years are asked after that
+SEEDS = (0, 1, 2)  # of weights, order of batches, dropout, and of the draw of validation patients
+SIZES = {"embedding_dim": 32, "hidden_size": 32, "dropout": 0.2}
+LAYERS = {"num_layers": 2, "num_heads": 4}  # of the transformers; the LSTM has one layer
+LORA_RANK = 4  # of 32; with 16 an adapter has as many weights as the matrix that it adapts
+TRAINING = {"epochs": 60, "patience": 10, "patients_per_step": 32}
+RATES = {"LSTM": 2e-3, "BEHRT, pre-trained, LoRA": 3e-3, "BEHRT, pre-trained, frozen": 3e-3}  # others 1e-3
+PRETRAINING = {"objective": "both", "epochs": 60, "patience": 10, "learning_rate": 2e-3}
+NETWORKS = ("LSTM", "hierarchical transformer", "BEHRT, from scratch", "BEHRT, pre-trained, full", "BEHRT, pre-trained, LoRA", "BEHRT, pre-trained, frozen")
+BASELINES = ("logistic, last tokens", "logistic, counts", "boosted trees, counts")
+COX = ("last values", "last values, stacked", "values at entry", "no covariates")
+BINNED = "last values in bins, stacked"
+ARMS = (*COX[:3], BINNED, *BASELINES, *NETWORKS)
+CATEGORIES = ("SIGN//edema", "SIGN//ascites", "SIGN//hepatomegaly", "SIGN//spiders", "LAB//histologic")  # observed as one of a few values
+BINNED_LABS = {"log bilirubin": "LAB//serBilir", "log albumin": "LAB//albumin", "log prothrombin": "LAB//prothrombin"}
+
+
+def token_events(
+    table: EventTable, # of `pbc2_events`
+) -> EventTable: # with codes in the place of what has only a few values, and without transplants
+    """What the networks read. A sign that few have would vanish in quantile bins: nine in ten visits are without ascites, so all deciles of a 0 or 1 are 0, and both values fall into one bin. So signs and stages become codes.
+    A transplant is an end and no observation."""
+    coded = pl.col("code").is_in(CATEGORIES)
+    named = pl.col("code") + "//" + pl.col("numeric_value").cast(pl.String)
+    events = table.events.filter(pl.col("code") != "TRANSPLANT")
+    return replace(table, events=events.with_columns(code=pl.when(coded).then(named).otherwise("code"), numeric_value=pl.when(coded).then(None).otherwise("numeric_value")))
+
+
+@dataclass
+class Fold:
+    "One fold: the records as tokens of a vocabulary that has not seen the fold's own patients."
+    number: int
+    store: SequenceStore # of all patients
+    labels: VisitLabels # of the networks, with `BINS`
+    marks: dict # year -> Landmarks of all patients at risk
+    known: dict # year -> the same landmarks, of a store in which nothing after the landmark exists
+    training: np.ndarray # rows outside the fold
+    test: np.ndarray # rows of the fold
+
+
+def prepare_fold(
+    cohort: Cohort, # of `prepare`, with transplant as censoring
+    folds: np.ndarray, # (N,) fold of each patient
+    k: int, # which fold is left out
+) -> Fold:
+    "Fit vocabulary and value bins on the other folds' patients, and write everybody's records in them. Raises `ValueError` if the patients or their visits are not those of the cohort."
+    table, training = token_events(cohort.table), np.flatnonzero(folds != k)
+    vocabulary = fit_vocabulary(table.events, cohort.store.subject_ids[training], MIN_PATIENTS, N_VALUE_BINS)
+    store = build_store(table, vocabulary)
+    marks = {year: replace(m, store=store) for year, m in cohort.marks.items()}
+    if not (store.subject_ids == cohort.store.subject_ids).all() or any((m.days != cohort.marks[y].days).any() for y, m in marks.items()): raise ValueError("store: expected the patients and visits of the cohort")
+    known = {}
+    for year in LANDMARK_YEARS:
+        by_then = table.events.filter(pl.col("time").is_null() | (pl.col("time") < ENTRY + timedelta(days=round(year * YEAR) + 1)))
+        known[year] = replace(marks[year], store=build_store(replace(table, events=by_then), vocabulary))
+    return Fold(k, store, label_visits(store, cohort.table, OUTCOMES["transplant censors"], BINS), marks, known, training, np.flatnonzero(folds == k))
+
+
+def hold_out(
+    fold: Fold, # of `prepare_fold`
+    seed: int, # of the draw
+) -> tuple: # rows to fit on, rows to stop on
+    "Divide the training patients: a fifth of those who die and a fifth of the others are set aside."
+    generator, died = np.random.default_rng([seed, 21]), fold.labels.event_indicators[fold.training]
+    held = np.concatenate([(group := generator.permutation(fold.training[died == d]))[:round(len(group) / 5)] for d in (True, False)])
+    return np.setdiff1d(fold.training, held), np.sort(held)
+
+
+def stacked(
+    fold: Fold, # of `prepare_fold`
+    rows, # patients
+) -> Landmarks: # 0, 1, ..., 7 years after entry, one below the other
+    "The landmarks from which the models on counts learn: those of the stacked Cox model."
+    parts = [m.take(np.isin(m.rows, rows)) for m in fold.marks.values()]
+    join = lambda name: np.concatenate([getattr(p, name) for p in parts])
+    return Landmarks(fold.store, join("rows"), join("visits"), join("durations"), join("events"), join("event_types"), join("elapsed"))
+
+
+class LastTokens(LandmarkFeatures):
+    "Age, sex, and which tokens the last visit holds: no counts, and nothing of what came before."
+    def __init__(self): super().__init__(("age", "sex"))
+
+    def fit(self, train):
+        "Learn means and scales of age and sex. All tokens are used."
+        super().fit(train)
+        self.names = [*self.names, *self.vocabulary.tokens]
+        return self
+
+    def transform(self, landmarks):
+        "Scaled age and sex, and a column of 0 and 1 for each token."
+        store, at = landmarks.store, landmarks.store.first_visit[landmarks.rows] + landmarks.visits
+        begin, end = store.token_offsets[at], store.token_offsets[at + 1]
+        found = np.concatenate([store.tokens[b:e] for b, e in zip(begin, end)])
+        there = csr_matrix((np.ones(len(found)), (np.repeat(np.arange(len(at)), end - begin), found)), (len(at), len(self.vocabulary)))
+        return hstack([super().transform(landmarks), there > 0], format="csr").astype(float)
+
+
+def fit_baseline(
+    name: str, # one of `BASELINES`
+    fold: Fold, # to fit on
+    seed: int, # of the patients on whom the penalty or the size of the trees is chosen
+) -> tuple: # fitted model, facts
+    "A model on person-periods of the stacked landmarks of the training patients."
+    train, validation = hold_out(fold, seed)
+    model = {"logistic, last tokens": lambda: LogisticBaseline(LastTokens()), "logistic, counts": lambda: LogisticBaseline(max_codes=None),
+             "boosted trees, counts": lambda: BoostedTreesBaseline(max_codes=None, seed=seed)}[name]()
+    model.fit(stacked(fold, train), stacked(fold, validation))
+    return model, {"parameters": model.n_parameters, "trainable": model.n_parameters, "epochs": None, "setting": str(model.setting)}
+
+
+def behrt_config(
+    fold: Fold, # with the vocabulary
+) -> BEHRTConfig: # of all BEHRT arms, so that from scratch and pre-trained differ in their weights alone
+    "Visit-causal, half of the heads on their own visit, as the chapter on pre-training recommends where masked codes are guessed."
+    return BEHRTConfig(len(fold.store.vocabulary), **SIZES, **LAYERS, visit_heads=2)
+
+
+def encoder_of(
+    fold: Fold, # whose training patients are used
+    seed: int, # of validation patients, weights, masks
+    folder: Path = FOLDER, # where encoders are kept
+) -> Path: # of the saved model; its quality lies beside it
+    "Pre-train BEHRT on masked codes and the next visit of the training patients, labels unseen. Recall of the next visit's codes is measured on the fold's own patients, who take no part."
+    path, (train, validation) = folder / f"encoder-{fold.number}-{seed}", hold_out(fold, seed)
+    quality = path.with_suffix(".json")
+    if quality.exists(): return path
+    began = time.perf_counter()
+    model, history = pretrain(fold.store, train, validation, behrt_config(fold), folder=path, seed=seed, device="cpu", show_progress=False, **PRETRAINING)
+    seconds, rates = time.perf_counter() - began, next_visit_rates(fold.store, train)
+    loader = pretraining_loader(fold.store, fold.test, model.config, "next_visit")
+    recall = compare_next_visit({"model": model.next_visit_logits, "last visit again": repeat_last_visit(rates)}, loader, k=10, n_resamples=1).estimates
+    with whole_file(quality) as partial: partial.write_text(json.dumps({"seconds": seconds, "epochs": len(history), "recall": {name.split(",")[0]: v for name, v in recall.items() if name.endswith(", all, recall")}}))
+    return path
+
+
+def new_network(
+    name: str, # one of `NETWORKS`
+    fold: Fold, # with the vocabulary
+    seed: int, # of the weights
+    folder: Path = FOLDER, # of the encoders
+):
+    "An untrained network; if its name says so, on a pre-trained encoder."
+    size = len(fold.store.vocabulary)
+    encoder = encoder_of(fold, seed, folder) if "pre-trained" in name else None
+    torch.manual_seed(seed)
+    if name == "LSTM": return SurvivalLSTM(LSTMConfig(size, **SIZES), BINS)
+    if name == "hierarchical transformer": return SurvivalTransformer(HierarchicalConfig(size, **SIZES, **LAYERS), BINS)
+    if encoder is None: return BEHRTForSurvival(behrt_config(fold), BINS)
+    return BEHRTForSurvival.from_pretrained(encoder, horizons=BINS, lora_rank=LORA_RANK, use_lora=name.endswith("LoRA"), freeze_behrt=not name.endswith("full"))
+
+
+def fit_network(
+    name: str, # one of `NETWORKS`
+    fold: Fold, # to fit on
+    seed: int, # of everything that is drawn
+    folder: Path = FOLDER, # of the encoders
+    **changes, # of `TRAINING`
+) -> tuple: # fitted model, facts
+    "Train a network on all visits of the training patients; keep the epoch with the lowest validation loss. Raises `AssertionError` if it sees the future."
+    model, (train, validation) = new_network(name, fold, seed, folder), hold_out(fold, seed)
+    loaders = [labelled_batches(fold.store, fold.labels, rows, part == 0, seed=seed) for part, rows in enumerate((train, validation))]
+    history = Trainer(model, *loaders, learning_rate=RATES.get(name, 1e-3), seed=seed, device="cpu", show_progress=False, **TRAINING | changes).fit()
+    assert_no_future_leakage(model, next(iter(BatchLoader(fold.store, fold.test, layout="both"))))
+    total, trainable, _ = count_parameters(model)
+    best = min(range(len(history)), key=lambda i: history[i]["validation_loss"])
+    return model, {"parameters": total, "trainable": trainable, "epochs": best + 1, "setting": ""}
+
+
+def ask(
+    model, # with `predict_risk`
+    fold: Fold, # whose own patients are asked about
+) -> dict: # year -> (n, H) risks of the fold's patients at risk
+    "Risks at the landmarks. Raises `AssertionError` if they are others once everything after the landmark is taken out of the records."
+    risks = {}
+    for year in LANDMARK_YEARS:
+        mine = np.isin(fold.marks[year].rows, fold.test)
+        risks[year], blind = (model.predict_risk(m[year].take(mine), HORIZONS) for m in (fold.marks, fold.known))
+        assert np.abs(risks[year] - blind).max() < 1e-5, f"fold {fold.number}, year {year}: the risks depend on what came after the landmark"
+    return risks
+
+
+def fit_and_ask(
+    arm: str, # one of `BASELINES` or `NETWORKS`
+    fold: Fold,
+    seed: int,
+    folder: Path = FOLDER, # where results are kept
+) -> tuple: # year -> risks of the fold's patients; facts
+    "A fit and what it says, from the folder if it is there already and was made with the settings of today."
+    path = folder / f"{arm.replace(', ', '-').replace(' ', '-')}-{fold.number}-{seed}.npz"
+    settings = json.dumps([SIZES, LAYERS, LORA_RANK, TRAINING, RATES, PRETRAINING, BINS.tolist(), N_VALUE_BINS, MIN_PATIENTS])
+    if path.exists():
+        with np.load(path) as kept: risks, facts = {year: kept[str(year)] for year in LANDMARK_YEARS}, json.loads(str(kept["facts"]))
+        if facts["settings"] != settings: raise SystemExit(f"{path}: was made with other settings. Remove {folder} to fit everything again.")
+        return risks, facts
+    began = time.perf_counter()
+    model, facts = fit_network(arm, fold, seed, folder) if arm in NETWORKS else fit_baseline(arm, fold, seed)
+    facts |= {"seconds": time.perf_counter() - began, "settings": settings}
+    risks = ask(model, fold)
+    with whole_file(path) as partial, open(partial, "wb") as handle: np.savez(handle, facts=np.array(json.dumps(facts)), **{str(year): r for year, r in risks.items()})
+    return risks, facts
+
+
+def binned_risks(
+    cohort: Cohort, # of `prepare`
+    folds: np.ndarray, # (N,)
+    stores: list, # `Fold` of each number
+) -> dict: # year -> (n, H) out-of-fold risks
+    "The stacked Cox model, told of bilirubin, albumin and prothrombin time the bin alone: each value is replaced by the mean logarithm of the training patients' values in its bin."
+    risks = {year: np.full((len(cohort.marks[year]), len(HORIZONS)), np.nan) for year in LANDMARK_YEARS}
+    for fold in stores:
+        events = cohort.table.events.filter(pl.col("subject_id").is_in(fold.store.subject_ids[fold.training].tolist()))
+        means = {}
+        for name, code in BINNED_LABS.items():
+            seen, edges = (np.log(np.asarray(x, dtype=float)) for x in (events.filter(pl.col("code") == code)["numeric_value"].drop_nulls(), fold.store.vocabulary.value_edges[code]))
+            place = np.searchsorted(edges, seen, side="right")
+            means[name] = edges, np.bincount(place, seen, len(edges) + 1) / np.maximum(np.bincount(place, minlength=len(edges) + 1), 1)
+        last = {year: frame.assign(**{name: mean[np.searchsorted(edges, frame[name], side="right")] for name, (edges, mean) in means.items()}) for year, frame in cohort.last.items()}
+        coarse = replace(cohort, last=last)
+        for year in LANDMARK_YEARS:
+            marks = cohort.marks[year]
+            test = folds[marks.rows] == fold.number
+            risks[year][test] = cox_risks(last[year][~test], marks.durations[~test], marks.event_types[~test], last[year][test], HORIZONS, stack_years(coarse, folds, fold.number))
+    return risks
+
+
+def all_risks(
+    cohort: Cohort, # of `prepare`, with transplant as censoring
+    folds: np.ndarray, # (N,)
+    folder: Path = FOLDER, # where results are kept
+    say=print, # called with a line a fit
+) -> tuple: # year -> arm -> (n, H) mean over seeds; year -> arm -> (S, n, H) each seed; facts, a row a fit; stores
+    "Every arm's out-of-fold risks."
+    folder.mkdir(parents=True, exist_ok=True)
+    stores, facts = [prepare_fold(cohort, folds, k) for k in range(N_FOLDS)], []
+    each = {year: {arm: np.full((len(SEEDS), len(cohort.marks[year]), len(HORIZONS)), np.nan) for arm in (*BASELINES, *NETWORKS)} for year in LANDMARK_YEARS}
+    for arm in (*BASELINES, *NETWORKS):
+        for fold in stores:
+            for s, seed in enumerate(SEEDS):
+                risks, fact = fit_and_ask(arm, fold, seed, folder)
+                for year, r in risks.items(): each[year][arm][s, folds[cohort.marks[year].rows] == fold.number] = r
+                facts.append({"arm": arm, "fold": fold.number, "seed": seed, **fact})
+                say(f"{arm}, fold {fold.number}, seed {seed}: {fact['seconds']:.1f} s, {fact['parameters']} parameters, epoch {fact['epochs']} {fact['setting']}")
+    binned = binned_risks(cohort, folds, stores)
+    risks = {}
+    for year in LANDMARK_YEARS:
+        risks[year] = crossed_risks(cohort, folds, year, COX) | {BINNED: binned[year]} | {arm: r.mean(0) for arm, r in each[year].items()}
+        risks[year] = {name: risks[year][name] for name in (*ARMS, COX[-1])}
+    return risks, each, pd.DataFrame(facts), stores

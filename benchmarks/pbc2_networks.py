@@ -238,6 +238,7 @@ def fit_and_ask(
         with np.load(path) as kept: risks, facts = {year: kept[str(year)] for year in LANDMARK_YEARS}, json.loads(str(kept["facts"]))
         if facts["settings"] != settings: raise SystemExit(f"{path}: was made with other settings. Remove {folder} to fit everything again.")
         return risks, facts
+    if "pre-trained" in arm: encoder_of(fold, seed, folder)  # its time is noted beside it
     began = time.perf_counter()
     model, facts = fit_network(arm, fold, seed, folder) if arm in NETWORKS else fit_baseline(arm, fold, seed)
     facts |= {"seconds": time.perf_counter() - began, "settings": settings}
@@ -292,3 +293,99 @@ def all_risks(
         risks[year] = crossed_risks(cohort, folds, year, COX) | {BINNED: binned[year]} | {arm: r.mean(0) for arm, r in each[year].items()}
         risks[year] = {name: risks[year][name] for name in (*ARMS, COX[-1])}
     return risks, each, pd.DataFrame(facts), stores
+
+
+def seed_spread(
+    cohort: Cohort, # of `prepare`
+    folds: np.ndarray, # (N,)
+    each: dict, # year -> arm -> (S, n, H)
+) -> dict: # year -> frame (arm, seed) -> metrics at the last horizon
+    "Scores of each seed alone."
+    frames = {}
+    for year, arms in each.items():
+        parts = []
+        for s, seed in enumerate(SEEDS):
+            frame = score(cohort, folds, year, 0, {arm: r[s] for arm, r in arms.items()})
+            parts.append(frame[frame.horizon == HORIZONS[-1]].assign(seed=seed))
+        frames[year] = pd.concat(parts).pivot(index=["model", "seed"], columns="metric", values="value")
+    return frames
+
+
+HEADINGS = {WITHIN[1]: "Uno's C within folds", WITHIN[2]: "AUC within folds"} | {m: OTHER_HEADINGS[m] for m in ("brier", "scaled_brier", "calibration_slope")}
+GAINS = (WITHIN[1], WITHIN[2], "brier")
+
+
+def main_table(
+    frame: pd.DataFrame, # of `score`
+) -> str:
+    "A row an arm, at the last horizon, as Markdown."
+    at = frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"])
+    rows = [[arm, *(with_interval(*at.loc[(arm, m), ["value", "low", "high"]]) for m in HEADINGS)] for arm in ARMS]
+    return markdown_rows(["model", *HEADINGS.values()], rows)
+
+
+def difference_table(
+    frames: dict, # year -> from `score` with a reference
+    reference: str, # the model that is subtracted
+) -> str:
+    "Differences on the same draws, at the last horizon, as Markdown; bold where the interval leaves out 0."
+    rows = []
+    for year, frame in frames.items():
+        at = frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"])
+        for arm in ARMS:
+            if arm == reference: continue
+            cells = [at.loc[(arm, m)] for m in GAINS]
+            texts = [with_interval(*c[["difference", "difference_low", "difference_high"]], signed=True) + f", p = {c.p_value:.3f}" for c in cells]
+            rows.append([year, arm, *(f"**{t}**" if c.difference_low > 0 or c.difference_high < 0 else t for t, c in zip(texts, cells))])
+    return markdown_rows(["landmark, year", "model", *(HEADINGS[m] for m in GAINS)], rows)
+
+
+def spread_rows(
+    frames: dict, # year -> of the mean of the seeds, from `score`
+    spreads: dict, # year -> of `seed_spread`
+) -> str:
+    "Each arm's AUC within folds and IPA: of the mean of the seeds' risks, and the mean and range of the seeds alone, as Markdown."
+    rows = []
+    for year, frame in frames.items():
+        at = frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"]).value
+        for arm in (*BASELINES, *NETWORKS):
+            alone = spreads[year].loc[arm]
+            told = lambda m: [f"{at[arm, m]:.3f}", f"{alone[m].mean():.3f} ({alone[m].min():.3f} to {alone[m].max():.3f})"]
+            rows.append([year, arm, *told(WITHIN[2]), *told("scaled_brier")])
+    return markdown_rows(["landmark, year", "model", "AUC, mean risk", "AUC, each seed", "IPA, mean risk", "IPA, each seed"], rows)
+
+
+def cost_table(
+    facts: pd.DataFrame, # a row a fit
+) -> str:
+    "Sizes and times of the fits, as Markdown."
+    rows = []
+    for arm in (*BASELINES, *NETWORKS):
+        f = facts[facts.arm == arm]
+        span = lambda x: f"{x.min():,.0f}" if x.min() == x.max() else f"{x.min():,.0f} to {x.max():,.0f}"
+        rows.append([arm, span(f.parameters), span(f.trainable), f"{f.seconds.median():.1f}", span(f.epochs) if arm in NETWORKS else ""])
+    return markdown_rows(["model", "parameters", "trained", "seconds a fit, median", "epoch kept"], rows)
+
+
+def figure(
+    frames: dict, # year -> from `score`
+    spreads: dict, # year -> of `seed_spread`
+    path: Path, # PNG to write
+):
+    "AUC within folds and IPA of every arm at each landmark, with intervals; small dots are single seeds."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(2, len(frames), figsize=(11, 8.4), layout="constrained", sharey=True, sharex="row")
+    color = {arm: COLORS[0] if arm in (*COX, BINNED) else COLORS[1] if arm in BASELINES else COLORS[2] for arm in ARMS}
+    for row, metric, name in zip(axes, (WITHIN[2], "scaled_brier"), (f"AUC within {HORIZON_YEARS[-1]} years, pairs within folds", f"IPA within {HORIZON_YEARS[-1]} years")):
+        for ax, (year, frame) in zip(row, frames.items()):
+            at = frame[(frame.horizon == HORIZONS[-1]) & (frame.metric == metric)].set_index("model")
+            for y, arm in enumerate(ARMS):
+                ax.hlines(y, at.low[arm], at.high[arm], color=color[arm], lw=1.4)
+                ax.plot(at.value[arm], y, "o" if arm in NETWORKS else "s" if arm in BASELINES else "D", color=color[arm], ms=6)
+                if arm in spreads[year].index: ax.plot(spreads[year].loc[arm][metric], np.full(len(SEEDS), y + 0.28), ".", color="0.35", ms=4)
+            ax.axvline(at.value["last values"], color=COLORS[0], lw=0.8, ls=":")
+            ax.axvline(0.5 if metric == WITHIN[2] else 0, color="0.6", lw=0.8)
+            ax.set(yticks=range(len(ARMS)), yticklabels=ARMS, ylim=(len(ARMS) - 0.4, -0.6), xlabel=name, title=f"landmark at year {year}")
+    axes[1, 0].set_xlim(max(-0.6, axes[1, 0].get_xlim()[0]), None)
+    fig.savefig(path, dpi=80)
+    plt.close(fig)

@@ -18,7 +18,7 @@ import polars as pl
 import torch
 from fastcore.script import call_parse
 from pbc2_landmarks import (ENTRY, HORIZON_YEARS, HORIZONS, LANDMARK_YEARS, N_FOLDS, OTHER_HEADINGS, OUTCOMES, WITHIN, YEAR, Cohort, cox_risks, crossed_risks,
-                            markdown_rows, prepare, score, score_table, stack_years, with_interval)
+                            markdown_rows, prepare, score, score_table, stack_years, with_interval, within_folds)
 from scipy.sparse import csr_matrix, hstack
 
 from ehr_sequencing.aggregation import assert_no_future_leakage
@@ -57,6 +57,7 @@ BASELINES = ("visit count", "logistic, last tokens", "logistic, counts", "booste
 COX = ("last values", "last values, stacked", "values at entry", "no covariates")
 BINNED = "last values in bins, stacked"
 ARMS = (*COX[:3], BINNED, *BASELINES, *NETWORKS)
+SEEDS_OF = {arm: SEEDS[:1] if "pre-trained" in arm else SEEDS for arm in (*BASELINES, *NETWORKS)}  # pre-training three times was more than the machine had time for
 CATEGORIES = ("SIGN//edema", "SIGN//ascites", "SIGN//hepatomegaly", "SIGN//spiders", "LAB//histologic")  # observed as one of a few values
 BINNED_LABS = {"log bilirubin": "LAB//serBilir", "log albumin": "LAB//albumin", "log prothrombin": "LAB//prothrombin"}
 
@@ -279,10 +280,10 @@ def all_risks(
     "Every arm's out-of-fold risks."
     folder.mkdir(parents=True, exist_ok=True)
     stores, facts = [prepare_fold(cohort, folds, k) for k in range(N_FOLDS)], []
-    each = {year: {arm: np.full((len(SEEDS), len(cohort.marks[year]), len(HORIZONS)), np.nan) for arm in (*BASELINES, *NETWORKS)} for year in LANDMARK_YEARS}
+    each = {year: {arm: np.full((len(SEEDS_OF[arm]), len(cohort.marks[year]), len(HORIZONS)), np.nan) for arm in (*BASELINES, *NETWORKS)} for year in LANDMARK_YEARS}
     for arm in (*BASELINES, *NETWORKS):
         for fold in stores:
-            for s, seed in enumerate(SEEDS):
+            for s, seed in enumerate(SEEDS_OF[arm]):
                 risks, fact = fit_and_ask(arm, fold, seed, folder)
                 for year, r in risks.items(): each[year][arm][s, folds[cohort.marks[year].rows] == fold.number] = r
                 facts.append({"arm": arm, "fold": fold.number, "seed": seed, **fact})
@@ -305,10 +306,13 @@ def seed_spread(
     for year, arms in each.items():
         parts = []
         for s, seed in enumerate(SEEDS):
-            frame = score(cohort, folds, year, 0, {arm: r[s] for arm, r in arms.items()})
+            frame = score(cohort, folds, year, 0, {arm: r[s] for arm, r in arms.items() if s < len(r)})
             parts.append(frame[frame.horizon == HORIZONS[-1]].assign(seed=seed))
         frames[year] = pd.concat(parts).pivot(index=["model", "seed"], columns="metric", values="value")
     return frames
+
+
+def _last(frame): return frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"])
 
 
 HEADINGS = {WITHIN[1]: "Uno's C within folds", WITHIN[2]: "AUC within folds"} | {m: OTHER_HEADINGS[m] for m in ("brier", "scaled_brier", "calibration_slope")}
@@ -344,15 +348,31 @@ def spread_rows(
     frames: dict, # year -> of the mean of the seeds, from `score`
     spreads: dict, # year -> of `seed_spread`
 ) -> str:
-    "Each arm's AUC within folds and IPA: of the mean of the seeds' risks, and the mean and range of the seeds alone, as Markdown."
+    "AUC within folds and IPA of each arm with several seeds: of the mean of the seeds' risks, and the mean and range of the seeds alone, as Markdown."
     rows = []
     for year, frame in frames.items():
         at = frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"]).value
-        for arm in (*BASELINES, *NETWORKS):
+        for arm in (arm for arm, seeds in SEEDS_OF.items() if len(seeds) > 1):
             alone = spreads[year].loc[arm]
             told = lambda m: [f"{at[arm, m]:.3f}", f"{alone[m].mean():.3f} ({alone[m].min():.3f} to {alone[m].max():.3f})"]
             rows.append([year, arm, *told(WITHIN[2]), *told("scaled_brier")])
     return markdown_rows(["landmark, year", "model", "AUC, mean risk", "AUC, each seed", "IPA, mean risk", "IPA, each seed"], rows)
+
+
+def encoder_table(
+    cohort: Cohort, # of `prepare`
+    folds: np.ndarray, # (N,)
+    each: dict, # year -> arm -> (S, n, H)
+    n_resamples: int = 1000, # draws
+) -> str:
+    "BEHRT from scratch and pre-trained with the same seed, as Markdown."
+    arms, columns = NETWORKS[2:], []
+    for year in LANDMARK_YEARS:
+        marks = cohort.marks[year]
+        at = _last(within_folds(marks, folds[marks.rows], {arm: each[year][arm][0] for arm in arms}, n_resamples, reference=arms[0]))
+        rows = [at.loc[(arm, WITHIN[2])] for arm in arms]
+        columns.append([f"{r.value:.3f}" + ("" if arm == arms[0] else f", {with_interval(r.difference, r.difference_low, r.difference_high, signed=True)}") for arm, r in zip(arms, rows)])
+    return markdown_rows(["model", *(f"year {year}" for year in LANDMARK_YEARS)], zip(arms, *columns))
 
 
 def cost_table(
@@ -382,7 +402,7 @@ def figure(
             for y, arm in enumerate(ARMS):
                 ax.hlines(y, at.low[arm], at.high[arm], color=color[arm], lw=1.4)
                 ax.plot(at.value[arm], y, "o" if arm in NETWORKS else "s" if arm in BASELINES else "D", color=color[arm], ms=6)
-                if arm in spreads[year].index: ax.plot(spreads[year].loc[arm][metric], np.full(len(SEEDS), y + 0.28), ".", color="0.35", ms=4)
+                if len(SEEDS_OF.get(arm, ())) > 1: ax.plot(spreads[year].loc[arm][metric], np.full(len(SEEDS_OF[arm]), y + 0.28), ".", color="0.35", ms=4)
             ax.axvline(at.value["last values"], color=COLORS[0], lw=0.8, ls=":")
             ax.axvline(0.5 if metric == WITHIN[2] else 0, color="0.6", lw=0.8)
             ax.set(yticks=range(len(ARMS)), yticklabels=ARMS, ylim=(len(ARMS) - 0.4, -0.6), xlabel=name, title=f"landmark at year {year}")
@@ -417,7 +437,7 @@ The networks read records, not a table of covariates. A visit is a set of tokens
 
 BEHRT is trained from scratch, or after pre-training on the training patients' records without labels (masked codes and the next visit at once): all weights (full), adapters of rank {rank} and the head (LoRA), or the head alone (frozen).
 
-Everything was fixed for about 250 training patients before a score was seen, and not touched afterwards: embedding and state of size {size}, one layer (LSTM) or two blocks with four heads, dropout {dropout}; learning rate 0.002 for the LSTM, 0.001 for networks that train in full, 0.003 for adapters and heads; at most {epochs} epochs, and the one with the lowest loss on the validation patients is kept. These are a fifth of the training patients, drawn anew for each of three seeds; the baselines choose penalty or tree size on them. **The risk of a model is the mean over its three seeds**, each with other weights and other validation patients. The Cox models need no validation patients and learn from all 250.
+Everything was fixed for about 250 training patients before a score was seen, and not touched afterwards: embedding and state of size {size}, one layer (LSTM) or two blocks with four heads, dropout {dropout}; learning rate 0.002 for the LSTM, 0.001 for networks that train in full, 0.003 for adapters and heads; at most {epochs} epochs, and the one with the lowest loss on the validation patients is kept. These are a fifth of the training patients, drawn anew for each of three seeds; the baselines choose penalty or tree size on them. **The risk of a model is the mean over its three seeds**, each with other weights and other validation patients; the pre-trained networks have one seed, the first, because there was no time for more. So they are to be held against the first seed of BEHRT from scratch, [below](#pre-training-on-250-patients). The Cox models need no validation patients and learn from all 250.
 
 Networks have the hazard of each of the six years after a visit. At a landmark between visits the risk is that of those who lived until then: F is conditioned on the days elapsed since the last visit.
 
@@ -471,6 +491,10 @@ On the same draws of patients, within 3 years; bold where the interval leaves ou
 
 {pretraining}
 
+The first seed of each, AUC within folds and its difference from BEHRT from scratch on the same draws; death within 3 years:
+
+{encoders_table}
+
 ## Costs
 
 {costs}
@@ -494,11 +518,11 @@ def numbers(
     folder: Path = FOLDER, # of the encoders
 ) -> dict: # name in `PAGE` -> what stands there
     "What the page says about data and fits."
-    quality = pd.DataFrame([json.loads((folder / f"encoder-{k}-{s}.json").read_text()) for k in range(N_FOLDS) for s in SEEDS])
+    quality = pd.DataFrame([json.loads((folder / f"encoder-{k}-{s}.json").read_text()) for k in range(N_FOLDS) for s in SEEDS_OF[NETWORKS[-1]]])
     recall = pd.DataFrame(quality.recall.tolist())
     sizes = sorted(len(f.store.vocabulary) for f in stores)
     told = {"bins": N_VALUE_BINS, "tokens": f"{sizes[0]} to {sizes[-1]}" if sizes[0] < sizes[-1] else sizes[0], "rank": LORA_RANK, "size": SIZES["hidden_size"], "dropout": SIZES["dropout"], "epochs": TRAINING["epochs"],
-            "minutes": (facts.groupby("arm").seconds.first().sum() + quality.seconds[0]) * len(quality) / 60, "pre_seconds": quality.seconds[0], "recall": recall.model.mean(), "again": recall["last visit again"].mean(), "wins": int((recall.model > recall["last visit again"]).sum()),
+            "minutes": ((facts.groupby("arm").seconds.first() * facts.groupby("arm").size()).sum() + quality.seconds[0] * len(quality)) / 60, "pre_seconds": quality.seconds[0], "recall": recall.model.mean(), "again": recall["last visit again"].mean(), "wins": int((recall.model > recall["last visit again"]).sum()),
             "encoders": len(quality)}
     for year in LANDMARK_YEARS: told |= {f"n{year}": len(cohort.marks[year]), f"d{year}": int(cohort.marks[year].events.sum())}
     return told
@@ -520,7 +544,7 @@ SHORT = """- {d3}, {d5} and {d7} deaths, three landmarks that share patients, {a
 - Transplants are censoring alone. A network with one hazard has no risk in the presence of transplants; that takes a second hazard."""
 
 
-def _last(frame): return frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"])
+PRETRAINING_WORDS = """Two hundred patients' records teach an encoder little. Asked for the ten codes most likely at the next visit of patients who took no part, it finds {recall:.0f} % of them; the rule that the last visit comes again finds {again:.0f} %, and is better for {ahead} of {encoders} encoders. Longer pre-training did not help: tried on one fold before any score was seen, the loss on validation patients was lowest after some 55 epochs and rose from there."""
 
 
 def _beyond(frames):
@@ -556,15 +580,12 @@ def words(
 
 def _seeds_and_encoders(at, spreads, told):
     "The words about seeds and about pre-training."
-    auc, fitted = WITHIN[2], (*BASELINES[1:], *NETWORKS)
-    gains = {arm: np.mean([at[y].loc[(arm, auc), "value"] - spreads[y].loc[arm][auc].mean() for y in at]) for arm in fitted}
-    ranges = [np.ptp(spreads[y].loc[arm][auc]) for y in at for arm in NETWORKS]
-    seeds = (f"The mean of three risks is a small ensemble: its AUC is {np.mean([gains[a] for a in NETWORKS]):+.3f} from that of a single network, averaged over networks and landmarks. The seeds of one network lie {min(ranges):.3f} to {max(ranges):.3f} apart, "
+    auc, several = WITHIN[2], [arm for arm in NETWORKS if len(SEEDS_OF[arm]) > 1]
+    gain = np.mean([at[y].loc[(arm, auc), "value"] - spreads[y].loc[arm][auc].mean() for y in at for arm in several])
+    ranges = [np.ptp(spreads[y].loc[arm][auc]) for y in at for arm in several]
+    seeds = (f"The mean of three risks is a small ensemble: its AUC is {gain:+.3f} from that of a single network, averaged over networks and landmarks. The seeds of one network lie {min(ranges):.3f} to {max(ranges):.3f} apart, "
              f"{np.mean(ranges):.3f} on average, as much as one network from another. Whoever fits one network once and compares has measured the seed.")
-    line = lambda arm: ", ".join(f"{at[y].loc[(arm, auc), 'value']:.3f}" for y in at)
-    pretraining = (f"Two hundred patients' records teach an encoder little. Asked for the ten codes most likely at the next visit of patients who took no part, it finds {100 * told['recall']:.0f} % of them; the rule that the last visit comes again finds {100 * told['again']:.0f} %, "
-                   f"and is better for {told['encoders'] - told['wins']} of {told['encoders']} encoders. Longer pre-training did not help: tried on one fold before any score was seen, the loss on validation patients was lowest after some 55 epochs and rose from there.\n\n"
-                   f"AUC at years 3, 5 and 7: from scratch {line(NETWORKS[2])}; pre-trained and trained in full {line(NETWORKS[3])}; adapters and head {line(NETWORKS[4])}; head alone {line(NETWORKS[5])}.")
+    pretraining = PRETRAINING_WORDS.format(recall=100 * told["recall"], again=100 * told["again"], ahead=told["encoders"] - told["wins"], encoders=told["encoders"])
     counts = f"At the three landmarks {told['n3']}, {told['n5']} and {told['n7']} patients are at risk, of whom {told['d3']}, {told['d5']} and {told['d7']} die within 3 years."
     return {"seeds_say": seeds, "pretraining": pretraining, "counts": counts}
 
@@ -586,7 +607,7 @@ def main(
     spreads = seed_spread(cohort, folds, each)
     figure(frames, spreads, Path(out).with_suffix(".png"))
     tables = {f"main{year}": main_table(frame) for year, frame in frames.items()} | {"difference0": difference_table(frames, COX[0]), "difference1": difference_table(stacked_frames, COX[1]), "spread": spread_rows(frames, spreads),
-              "costs": cost_table(facts), "everything": score_table(frames, dict(zip(WITHIN, ("Harrell's C within folds", "Uno's C within folds", "AUC within folds"))) | OTHER_HEADINGS, (*ARMS, COX[-1]))}
+              "encoders_table": encoder_table(cohort, folds, each, n_resamples), "costs": cost_table(facts), "everything": score_table(frames, dict(zip(WITHIN, ("Harrell's C within folds", "Uno's C within folds", "AUC within folds"))) | OTHER_HEADINGS, (*ARMS, COX[-1]))}
     told = numbers(cohort, facts, stores)
     Path(out).write_text(PAGE.format(**tables, **told, **words(frames, stacked_frames, spreads, told)), encoding="utf-8")
     print(f"{out} written")

@@ -359,20 +359,23 @@ def spread_rows(
     return markdown_rows(["landmark, year", "model", "AUC, mean risk", "AUC, each seed", "IPA, mean risk", "IPA, each seed"], rows)
 
 
-def encoder_table(
+def encoder_frames(
     cohort: Cohort, # of `prepare`
     folds: np.ndarray, # (N,)
     each: dict, # year -> arm -> (S, n, H)
     n_resamples: int = 1000, # draws
+) -> dict: # year -> frame (model, metric), with differences from BEHRT from scratch
+    "BEHRT from scratch and pre-trained, with the same seed, at the last horizon."
+    marks, arms = cohort.marks, NETWORKS[2:]
+    return {year: _last(within_folds(marks[year], folds[marks[year].rows], {arm: each[year][arm][0] for arm in arms}, n_resamples, reference=arms[0])) for year in LANDMARK_YEARS}
+
+
+def encoder_table(
+    frames: dict, # of `encoder_frames`
 ) -> str:
-    "BEHRT from scratch and pre-trained with the same seed, as Markdown."
-    arms, columns = NETWORKS[2:], []
-    for year in LANDMARK_YEARS:
-        marks = cohort.marks[year]
-        at = _last(within_folds(marks, folds[marks.rows], {arm: each[year][arm][0] for arm in arms}, n_resamples, reference=arms[0]))
-        rows = [at.loc[(arm, WITHIN[2])] for arm in arms]
-        columns.append([f"{r.value:.3f}" + ("" if arm == arms[0] else f", {with_interval(r.difference, r.difference_low, r.difference_high, signed=True)}") for arm, r in zip(arms, rows)])
-    return markdown_rows(["model", *(f"year {year}" for year in LANDMARK_YEARS)], zip(arms, *columns))
+    "AUC, and difference from BEHRT from scratch, as Markdown."
+    def cell(r): return f"{r.value:.3f}" + ("" if pd.isna(r.difference) else ", " + with_interval(r.difference, r.difference_low, r.difference_high, signed=True))
+    return markdown_rows(["model", *(f"year {year}" for year in frames)], [[arm, *(cell(f.loc[(arm, WITHIN[2])]) for f in frames.values())] for arm in NETWORKS[2:]])
 
 
 def cost_table(
@@ -447,7 +450,7 @@ One row, "visit count", was added after the first scores had been seen, to expla
 
 ## Results
 
-Death within 3 years, with 95 % intervals (bootstrap of patients; slope in closed form). C and AUC are over pairs of the same fold. IPA is the share of the Brier score of the risk that is the same for all that a model takes away.
+Death within 3 years, with 95 % intervals (bootstrap of patients; slope in closed form). C and AUC are over pairs of the same fold. IPA is the share of the Brier score of the risk that is the same for all that a model takes away. The slope of the visit count means nothing: its risks hardly differ.
 
 ### Year 3: {n3} at risk, {d3} deaths
 
@@ -523,18 +526,18 @@ def numbers(
     sizes = sorted(len(f.store.vocabulary) for f in stores)
     told = {"bins": N_VALUE_BINS, "tokens": f"{sizes[0]} to {sizes[-1]}" if sizes[0] < sizes[-1] else sizes[0], "rank": LORA_RANK, "size": SIZES["hidden_size"], "dropout": SIZES["dropout"], "epochs": TRAINING["epochs"],
             "minutes": ((facts.groupby("arm").seconds.first() * facts.groupby("arm").size()).sum() + quality.seconds[0] * len(quality)) / 60, "pre_seconds": quality.seconds[0], "recall": recall.model.mean(), "again": recall["last visit again"].mean(), "wins": int((recall.model > recall["last visit again"]).sum()),
-            "encoders": len(quality)}
+            "encoders": len(quality), "head": int(facts[facts.arm == NETWORKS[-1]].trainable.max())}
     for year in LANDMARK_YEARS: told |= {f"n{year}": len(cohort.marks[year]), f"d{year}": int(cohort.marks[year].events.sum())}
     return told
 
 
 MEANING = """Numbers are those of death within 3 years.
 
-- **No network is shown to be better than a Cox model on five numbers.** Of the {all} differences between a network and the stacked Cox model (six networks, three landmarks, three scores) {against1} go against the network beyond their interval and {for1} for it; of those from the model on the last values, which learns from the patients at the landmark alone, {against0} and {for0}. The stacked model has the lowest Brier score of all models at years 3 and 5. The highest AUC of a network is at year 3 that of {best3}, at year 5 of {best5}, at year 7 of {best7}; the stacked model has {s3}, {s5} and {s7}. Nor is it shown that networks are as good: with so few deaths an interval of their differences in AUC is {narrow} to {wide} wide.
-- **What the bins cost: little.** Told no more than the bins, the stacked Cox model moves by {bin3}, {bin5} and {bin7} in AUC at years 3, 5 and 7, and by {ibin3}, {ibin5} and {ibin7} in IPA. Tokens in the place of values are not what holds the networks back.
-- **What it costs not to be told what matters: more, where the last values are fresh.** A logistic regression on the tokens of the same visit must find out from the deaths which of some 90 tokens count, and that bins have an order. In AUC it is {tok3} and {tok5} from the Cox model in bins at years 3 and 5 ({tok7} at year 7). The five covariates bring decades of clinical knowledge, and more than that: the Mayo model was developed on the patients of this trial ([Dickson et al. 1989](https://doi.org/10.1002/hep.1840100102)), so that the choice of covariates, though not their coefficients, has seen the patients of every fold. No model on tokens has this advantage; how much it is worth cannot be told here, and the model has proved right in other hospitals since ([Grambsch et al. 1989](https://doi.org/10.1002/hep.1840100516)).
+- **No network is shown to be better than a Cox model on five numbers.** Of the {all} differences between a network and the stacked Cox model (six networks, three landmarks, three scores) {against1} go against the network beyond their interval, all at year 5 and {against_pre} of them of pre-trained networks, which have one seed; {for1} goes for it; of those from the model on the last values, which learns from the patients at the landmark alone, {against0} go against it and {for0} for it. The stacked model has the lowest Brier score of all models at years 3 and 5. The highest AUC of a network is at year 3 that of {best3}, at year 5 of {best5}, at year 7 of {best7}; the stacked model has {s3}, {s5} and {s7}. Nor is it shown that networks are as good: with so few deaths an interval of their differences in AUC is {narrow} to {wide} wide.
+- **What the bins cost: little.** Told no more than the bins, the stacked Cox model moves by {bin3}, {bin5} and {bin7} in AUC at years 3, 5 and 7, and by {ibin3}, {ibin5} and {ibin7} in IPA; its Brier score at year 3 is told to be worse, by {bbin3}. Tokens in the place of values are not what holds the networks back.
+- **What it costs not to be told what matters: more, where the last values are fresh.** A logistic regression on the tokens of the same visit must find out from the deaths which of some 90 tokens count, and that bins have an order. Against the Cox model in bins its AUC changes by {tok3} and {tok5} at years 3 and 5 ({tok7} at year 7), and its difference from the stacked model on values is {gaint3} and {gaint5}: likely, and not shown. The five covariates bring decades of clinical knowledge, and more than that: the Mayo model was developed on the patients of this trial ([Dickson et al. 1989](https://doi.org/10.1002/hep.1840100102)), so that the choice of covariates, though not their coefficients, has seen the patients of every fold. No model on tokens has this advantage; how much it is worth cannot be told here, and the model has proved right in other hospitals since ([Grambsch et al. 1989](https://doi.org/10.1002/hep.1840100516)).
 - **At year 7 counting the past pays.** There the last measurements are old, and the logistic regression on counts of all visits has AUC {count7} and IPA {icount7}; its difference from the last values is {gain7} in AUC, from the stacked model {gains7}. It is not attendance that helps: the number of visits alone has AUC {visit7}. But it is one of many comparisons, on {d7} deaths, and at years 3 and 5 the same model is behind ({count3} and {count5}). The networks read the same past; their AUC at year 7 is {low7} to {high7}.
-- **Between the networks** nothing is told: their AUC is {low3} to {high3} at year 3, {low5} to {high5} at year 5."""
+- **Between the networks** there is no order that holds: their AUC is {low3} to {high3} at year 3, {low5} to {high5} at year 5, and which is first changes with the landmark."""
 
 SHORT = """- {d3}, {d5} and {d7} deaths, three landmarks that share patients, {all} differences a reference and no correction: single bold cells mean little.
 - Sizes and learning rates were set once and not chosen on data. A search might find better ones; it would also use up patients, of whom there are 250, and the Cox models had no search either.
@@ -544,12 +547,14 @@ SHORT = """- {d3}, {d5} and {d7} deaths, three landmarks that share patients, {a
 - Transplants are censoring alone. A network with one hazard has no risk in the presence of transplants; that takes a second hazard."""
 
 
-PRETRAINING_WORDS = """Two hundred patients' records teach an encoder little. Asked for the ten codes most likely at the next visit of patients who took no part, it finds {recall:.0f} % of them; the rule that the last visit comes again finds {again:.0f} %, and is better for {ahead} of {encoders} encoders. Longer pre-training did not help: tried on one fold before any score was seen, the loss on validation patients was lowest after some 55 epochs and rose from there."""
+PRETRAINING_WORDS = """Two hundred patients' records teach an encoder little. Asked for the ten codes most likely at the next visit of patients who took no part, it finds {recall:.0f} % of them; the rule that the last visit comes again finds {again:.0f} %, and is better for {ahead} of {encoders} encoders. Longer pre-training did not help: tried on one fold with up to 200 epochs, before any score was seen, the loss on validation patients was lowest after 59 and rose from there.
+
+So no gain is shown: none of the nine differences below lies beyond its interval. Still, the frozen encoder has never seen an outcome, and a head of {head} numbers on it ranks like the network whose weights were all trained from scratch with the same seed."""
 
 
-def _beyond(frames):
+def _beyond(frames, arms=NETWORKS):
     "How many differences between networks and the reference lie beyond their interval: for the network, against it."
-    rows = [(_last(f).loc[(arm, m)], 1 if m == "brier" else -1) for f in frames.values() for arm in NETWORKS for m in GAINS]
+    rows = [(_last(f).loc[(arm, m)], 1 if m == "brier" else -1) for f in frames.values() for arm in arms for m in GAINS]
     return [sum(flip * sign * row.difference_low < 0 and flip * sign * row.difference_high < 0 for row, sign in rows) for flip in (1, -1)]
 
 
@@ -557,6 +562,7 @@ def words(
     frames: dict, # year -> from `score`, with differences from the last values
     stacked_frames: dict, # year -> the same, with differences from the stacked model
     spreads: dict, # year -> of `seed_spread`
+    encoders: dict, # year -> of `encoder_frames`
     told: dict, # of `numbers`
 ) -> dict: # name in `PAGE` -> what stands there
     "What the results mean. Raises `AssertionError` where a sentence is no longer true."
@@ -569,23 +575,30 @@ def words(
         best = max(of, key=of.get)
         said |= {f"best{year}": f"{best} ({of[best]:.3f})", f"low{year}": f"{min(of.values()):.2f}", f"high{year}": f"{max(of.values()):.2f}", f"s{year}": f"{value(year, COX[1]):.3f}",
                  f"bin{year}": f"{value(year, BINNED) - value(year, COX[1]):+.3f}", f"ibin{year}": f"{value(year, BINNED, 'scaled_brier') - value(year, COX[1], 'scaled_brier'):+.3f}",
-                 f"tok{year}": f"{value(year, 'logistic, last tokens') - value(year, BINNED):+.3f}", f"count{year}": f"{value(year, 'logistic, counts'):.2f}", f"visit{year}": f"{value(year, 'visit count'):.2f}"}
-    gain = lambda f: "{:+.2f} ({:+.2f} to {:+.2f})".format(*_last(f[7]).loc[("logistic, counts", auc), ["difference", "difference_low", "difference_high"]])
+                 f"tok{year}": f"{value(year, 'logistic, last tokens') - value(year, BINNED):+.3f}", f"count{year}": f"{value(year, 'logistic, counts'):.3f}", f"visit{year}": f"{value(year, 'visit count'):.2f}"}
+    gain = lambda f, year=7, arm="logistic, counts": with_interval(*_last(f[year]).loc[(arm, auc), ["difference", "difference_low", "difference_high"]], signed=True)
+    of_bins = _last(stacked_frames[3]).loc[(BINNED, "brier")]
     widths = [row.difference_high - row.difference_low for f in stacked_frames.values() for arm in NETWORKS for row in [_last(f).loc[(arm, auc)]]]
-    said |= {"icount7": f"{value(7, 'logistic, counts', 'scaled_brier'):.2f}", "gain7": gain(frames), "gains7": gain(stacked_frames), "narrow": f"{min(widths):.2f}", "wide": f"{max(widths):.2f}"}
+    said |= {"icount7": f"{value(7, 'logistic, counts', 'scaled_brier'):.2f}", "gain7": gain(frames), "gains7": gain(stacked_frames), "bbin3": f"{of_bins.difference:.3f}", **{f"gaint{year}": gain(stacked_frames, year, "logistic, last tokens") for year in (3, 5)},
+             "against_pre": _beyond(stacked_frames, [arm for arm in NETWORKS if "pre-trained" in arm])[1], "narrow": f"{min(widths):.2f}", "wide": f"{max(widths):.2f}"}
+    assert of_bins.difference_low > 0 and _beyond({5: stacked_frames[5]})[1] == said["against1"] and len({said[f"best{year}"].rpartition(" (")[0] for year in frames}) == len(frames)
+    assert all(_last(stacked_frames[year]).loc[("logistic, last tokens", auc), "difference_high"] > 0 for year in (3, 5))
     assert said["for1"] == said["for0"] == "none" and all(min(ARMS, key=lambda arm: value(year, arm, "brier")) == COX[1] for year in (3, 5))
     assert all(abs(float(said[f"bin{year}"])) < 0.015 for year in frames) and all(float(said[f"tok{year}"]) < -0.02 for year in (3, 5)) and value(7, "logistic, counts") > max(value(7, arm) for arm in ARMS if arm != "logistic, counts")
-    return {"meaning": MEANING.format(**said), "short": SHORT.format(**said)} | _seeds_and_encoders(at, spreads, told)
+    return {"meaning": MEANING.format(**said), "short": SHORT.format(**said)} | _seeds_and_encoders(at, spreads, encoders, told)
 
 
-def _seeds_and_encoders(at, spreads, told):
+def _seeds_and_encoders(at, spreads, encoders, told):
     "The words about seeds and about pre-training."
     auc, several = WITHIN[2], [arm for arm in NETWORKS if len(SEEDS_OF[arm]) > 1]
     gain = np.mean([at[y].loc[(arm, auc), "value"] - spreads[y].loc[arm][auc].mean() for y in at for arm in several])
     ranges = [np.ptp(spreads[y].loc[arm][auc]) for y in at for arm in several]
+    apart = np.mean([np.ptp([spreads[y].loc[arm][auc].mean() for arm in several]) for y in at])
+    rows = [e.loc[(arm, auc)] for e in encoders.values() for arm in NETWORKS[3:]]
+    assert all(r.difference_low < 0 < r.difference_high for r in rows) and all(abs(e.loc[(NETWORKS[-1], auc), "difference"]) < 0.01 for e in encoders.values())
     seeds = (f"The mean of three risks is a small ensemble: its AUC is {gain:+.3f} from that of a single network, averaged over networks and landmarks. The seeds of one network lie {min(ranges):.3f} to {max(ranges):.3f} apart, "
-             f"{np.mean(ranges):.3f} on average, as much as one network from another. Whoever fits one network once and compares has measured the seed.")
-    pretraining = PRETRAINING_WORDS.format(recall=100 * told["recall"], again=100 * told["again"], ahead=told["encoders"] - told["wins"], encoders=told["encoders"])
+             f"{np.mean(ranges):.3f} on average, and the averages of the {len(several)} networks {apart:.3f}. Whoever fits one network once and compares has measured the seed.")
+    pretraining = PRETRAINING_WORDS.format(recall=100 * told["recall"], again=100 * told["again"], ahead=told["encoders"] - told["wins"], encoders=told["encoders"], head=told["head"])
     counts = f"At the three landmarks {told['n3']}, {told['n5']} and {told['n7']} patients are at risk, of whom {told['d3']}, {told['d5']} and {told['d7']} die within 3 years."
     return {"seeds_say": seeds, "pretraining": pretraining, "counts": counts}
 
@@ -604,10 +617,10 @@ def main(
     folds = fold_patients(cohort.labels, N_FOLDS, seed=0)
     risks, each, facts, stores = all_risks(cohort, folds)
     frames, stacked_frames = ({year: score(cohort, folds, year, n_resamples, risks[year], reference) for year in LANDMARK_YEARS} for reference in COX[:2])
-    spreads = seed_spread(cohort, folds, each)
+    spreads, encoders = seed_spread(cohort, folds, each), encoder_frames(cohort, folds, each, n_resamples)
     figure(frames, spreads, Path(out).with_suffix(".png"))
     tables = {f"main{year}": main_table(frame) for year, frame in frames.items()} | {"difference0": difference_table(frames, COX[0]), "difference1": difference_table(stacked_frames, COX[1]), "spread": spread_rows(frames, spreads),
-              "encoders_table": encoder_table(cohort, folds, each, n_resamples), "costs": cost_table(facts), "everything": score_table(frames, dict(zip(WITHIN, ("Harrell's C within folds", "Uno's C within folds", "AUC within folds"))) | OTHER_HEADINGS, (*ARMS, COX[-1]))}
+              "encoders_table": encoder_table(encoders), "costs": cost_table(facts), "everything": score_table(frames, dict(zip(WITHIN, ("Harrell's C within folds", "Uno's C within folds", "AUC within folds"))) | OTHER_HEADINGS, (*ARMS, COX[-1]))}
     told = numbers(cohort, facts, stores)
-    Path(out).write_text(PAGE.format(**tables, **told, **words(frames, stacked_frames, spreads, told)), encoding="utf-8")
+    Path(out).write_text(PAGE.format(**tables, **told, **words(frames, stacked_frames, spreads, encoders, told)), encoding="utf-8")
     print(f"{out} written")

@@ -142,8 +142,12 @@ def cox_risks(
     return np.minimum(np.concatenate([np.zeros((1, len(test))), np.cumsum(happens, 0)])[reached].T, 1.0)  # (m, H); the sum can exceed 1 by rounding
 
 
-def _stack(cohort, folds, k):
-    "The landmarks of all years of patients outside fold k, one below the other: frame with the column year, durations, event types."
+def stack_years(
+    cohort: Cohort, # of `prepare`
+    folds: np.ndarray, # (N,) fold of each patient
+    k: int, # the fold left out
+) -> tuple: # frame with the covariates and the column year, durations, event types; for `cox_risks`
+    "The landmarks of all years of patients outside fold k, one below the other."
     parts = []
     for year, marks in cohort.marks.items():
         train = folds[marks.rows] != k
@@ -167,7 +171,7 @@ def crossed_risks(
         t, types = marks.durations[train], marks.event_types[train]
         for name in models:
             if name == "no covariates": risks[name][test] = aalen_johansen(t, types, at=HORIZONS).risk.to_numpy()  # Kaplan-Meier's where nothing competes
-            else: risks[name][test] = cox_risks(frames[name][train], t, types, frames[name][test], HORIZONS, _stack(cohort, folds, k) if "stacked" in name else None)
+            else: risks[name][test] = cox_risks(frames[name][train], t, types, frames[name][test], HORIZONS, stack_years(cohort, folds, k) if "stacked" in name else None)
     return risks
 
 
@@ -249,15 +253,17 @@ def score(
     folds: np.ndarray, # (N,) fold of each patient
     year: int, # of the landmark
     n_resamples: int = 1000, # bootstrap draws of patients; 0 for no intervals
-) -> pd.DataFrame: # as `evaluate_survival`, with each model's difference from the values at entry, and with `WITHIN`
+    risks: dict = None, # model -> (n, H) out-of-fold risks at the landmark; those of `crossed_risks` if None
+    reference: str = "values at entry", # model from which the others are subtracted
+) -> pd.DataFrame: # as `evaluate_survival`, with each model's difference from the reference, and with `WITHIN`
     "Evaluate the risks of all folds together. Censoring, and the risk that is the same for all, are learned from everybody at risk at the landmark."
-    marks, risks = cohort.marks[year], crossed_risks(cohort, folds, year)
+    marks, risks = cohort.marks[year], crossed_risks(cohort, folds, year) if risks is None else risks
     types, spread = marks.event_types if cohort.competing else None, {name: r for name, r in risks.items() if name != "no covariates"}
     frame = evaluate_survival(marks.durations, marks.events, risks, HORIZONS, marks.durations, marks.events, types, types, metrics=POOLED + ACCURACY + CALIBRATION,
-                              reference="values at entry" if n_resamples else None, n_resamples=n_resamples, undefined="omit")
+                              reference=reference if n_resamples else None, n_resamples=n_resamples, undefined="omit")
     undefined = [row for row in frame.attrs["omitted"] if not (row["model"] == "no covariates" and row["metric"] in SPREAD)]
     frame = frame[~((frame.model == "no covariates") & frame.metric.isin(SPREAD))]
-    frame = pd.concat([frame.astype({"horizon": float, "low": float, "high": float}), within_folds(marks, folds[marks.rows], spread, n_resamples)], ignore_index=True)
+    frame = pd.concat([frame.astype({"horizon": float, "low": float, "high": float}), within_folds(marks, folds[marks.rows], spread, n_resamples, reference)], ignore_index=True)
     frame.attrs = {"undefined": undefined}
     return frame
 
@@ -319,13 +325,21 @@ def calibrated_ici(
     return float(np.median(values)), float(np.quantile(values, 0.95))
 
 
-def _number(value, low=None, high=None, signed=False):
+def with_interval(
+    value: float, # estimate
+    low=None, # end of the interval; no interval if None or NaN
+    high=None, # its other end
+    signed: bool = False, # with a plus before positive numbers
+) -> str:
     "A number with its interval."
     form = "{:+.3f}" if signed else "{:.3f}"
     return form.format(value) + ("" if low is None or pd.isna(low) else f" ({form.format(low)} to {form.format(high)})")
 
 
-def _rows(header, rows):
+def markdown_rows(
+    header, # names of the columns
+    rows, # sequences of cells
+) -> str:
     "A Markdown table."
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
 
@@ -333,17 +347,18 @@ def _rows(header, rows):
 def score_table(
     frames: dict, # year -> from `score`
     metrics: dict, # metric -> heading
+    models=MODELS, # rows, in this order
 ) -> str: # a row for each landmark, horizon and model
     "Values with intervals, as Markdown. What is not defined for a risk that is the same for all says so."
     rows = []
     for year, frame in frames.items():
         at = frame.set_index(["model", "metric", "horizon"])
         for horizon, years in zip(HORIZONS, HORIZON_YEARS):
-            for model in MODELS:
+            for model in models:
                 if model == "no covariates" and set(metrics) <= {*POOLED, *WITHIN}: continue
-                cells = [_number(*at.loc[(model, m, horizon), ["value", "low", "high"]]) if (model, m, horizon) in at.index else "not defined" for m in metrics]
+                cells = [with_interval(*at.loc[(model, m, horizon), ["value", "low", "high"]]) if (model, m, horizon) in at.index else "not defined" for m in metrics]
                 rows.append([year, years, model, *cells])
-    return _rows(["landmark, year", "within, years", "model", *metrics.values()], rows)
+    return markdown_rows(["landmark, year", "within, years", "model", *metrics.values()], rows)
 
 
 def gain_table(
@@ -355,9 +370,9 @@ def gain_table(
         for year, frame in frames.items():
             at = frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"])
             for model in MODELS[:2]:
-                cells = [_number(*at.loc[(model, m), ["difference", "difference_low", "difference_high"]], signed=True) + f", p = {at.loc[(model, m), 'p_value']:.3f}" for m in (*WITHIN[1:], "brier")]
+                cells = [with_interval(*at.loc[(model, m), ["difference", "difference_low", "difference_high"]], signed=True) + f", p = {at.loc[(model, m), 'p_value']:.3f}" for m in (*WITHIN[1:], "brier")]
                 rows.append([name, year, model, *cells])
-    return _rows(["analysis", "landmark, year", "model", "Uno's C within folds", "AUC within folds", "Brier score"], rows)
+    return markdown_rows(["analysis", "landmark, year", "model", "Uno's C within folds", "AUC within folds", "Brier score"], rows)
 
 
 def bar_table(
@@ -371,8 +386,8 @@ def bar_table(
             at = frame[frame.horizon == HORIZONS[-1]].set_index(["model", "metric"])
             for model in MODELS[:2]:
                 rows.append([name, year, len(cohorts[name].marks[year]), int(cohorts[name].marks[year].events.sum()), model,
-                             *(_number(*at.loc[(model, m), ["value", "low", "high"]]) for m in (*WITHIN[1:], "brier", "scaled_brier"))])
-    return _rows(["analysis", "landmark, year", "at risk", "deaths", "model", "Uno's C within folds", "AUC within folds", "Brier score", "IPA"], rows)
+                             *(with_interval(*at.loc[(model, m), ["value", "low", "high"]]) for m in (*WITHIN[1:], "brier", "scaled_brier"))])
+    return markdown_rows(["analysis", "landmark, year", "at risk", "deaths", "model", "Uno's C within folds", "AUC within folds", "Brier score", "IPA"], rows)
 
 
 def flow_table(
@@ -389,7 +404,7 @@ def flow_table(
                         *(f"{by(1, h)} / {by(2, h)} / {lost(h)}" for h in HORIZONS), f"{ages[0]} [{ages[1]}, {ages[2]}]"])
     names = ["patients", "died before", "transplanted before", "no longer followed", "at risk", *(f"within {y} years: deaths / transplants / lost to follow-up" for y in HORIZON_YEARS),
              "days since the last measurement, median [quartiles]"]
-    return _rows(["", *(f"year {year}" for year in LANDMARK_YEARS)], [[name, *values] for name, values in zip(names, zip(*columns))])
+    return markdown_rows(["", *(f"year {year}" for year in LANDMARK_YEARS)], [[name, *values] for name, values in zip(names, zip(*columns))])
 
 
 def pooling_table(
@@ -400,7 +415,7 @@ def pooling_table(
             "AUC null": "AUC without covariates, all pairs", "AUC, own weights": "AUC, all pairs, censoring from training folds", "Brier": "Brier score", "Brier, own weights": "Brier score, censoring from training folds"}
     shown = lambda x: x if isinstance(x, str) else f"{x:.3f}"
     columns = [values for years in checks.values() for values in years.values()]
-    return _rows(["", *(f"{name}, year {year}" for name, years in checks.items() for year in years)], [[label, *(shown(values[key]) for values in columns)] for key, label in keys.items()])
+    return markdown_rows(["", *(f"{name}, year {year}" for name, years in checks.items() for year in years)], [[label, *(shown(values[key]) for values in columns)] for key, label in keys.items()])
 
 
 def spread_table(
@@ -413,7 +428,7 @@ def spread_table(
             for model in MODELS[:-1]:
                 values = frame.xs(model, level="model")
                 rows.append([name, year, model, *(f"{values[m].mean():.3f} ({values[m].min():.3f} to {values[m].max():.3f})" for m in (*WITHIN[1:], "brier", "scaled_brier", "calibration_slope"))])
-    return _rows(["analysis", "landmark, year", "model", "Uno's C within folds", "AUC within folds", "Brier score", "IPA", "slope"], rows)
+    return markdown_rows(["analysis", "landmark, year", "model", "Uno's C within folds", "AUC within folds", "Brier score", "IPA", "slope"], rows)
 
 
 def ici_table(
@@ -430,7 +445,7 @@ def ici_table(
                 index, (median, top) = at.loc[(model, "ici", horizon), "value"], calibrated_ici(cohort.marks[year], r, k)
                 rows.append([year, years, model, f"{index:.3f}", f"{median:.3f}", f"{top:.3f}"])
                 if index > top: beyond.append(f"{model} (year {year}, within {years})")
-    table = _rows(["landmark, year", "within, years", "model", "ICI", "median if calibrated", "95 % quantile if calibrated"], rows)
+    table = markdown_rows(["landmark, year", "within, years", "model", "ICI", "median if calibrated", "95 % quantile if calibrated"], rows)
     return f"{table}\n\nBeyond the 95 % quantile: {', '.join(beyond) or 'none'}. Of {len(rows)}, one or so would be by chance."
 
 
@@ -470,7 +485,7 @@ def incidence_table(
         net, real = (crossed_risks(c, folds, year, ("last values",))["last values"][:, -1].mean() for c in cohorts.values())
         of = [aalen_johansen(c.marks[year].durations, c.marks[year].event_types, at=HORIZONS[-1:]).risk.iloc[0] for c in (censors, competes)]
         rows.append([year, *(f"{x:.3f}" for x in (net, of[0], real, of[1]))])
-    return _rows(["landmark, year", "mean predicted, transplant censors", "1 - Kaplan-Meier", "mean predicted, transplant competes", "Aalen-Johansen"], rows)
+    return markdown_rows(["landmark, year", "mean predicted, transplant censors", "1 - Kaplan-Meier", "mean predicted, transplant competes", "Aalen-Johansen"], rows)
 
 
 PAGE = """# PBC2: what a Cox model on the last biomarkers reaches

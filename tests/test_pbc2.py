@@ -1,7 +1,10 @@
 "PBC2 from the file to the page of numbers to beat; skips where the data are absent. The references are loops over the wide file, lifelines and scikit-survival."
+import importlib
 import importlib.util
 import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -233,3 +236,99 @@ def test_folds_are_those_of_the_library(everything):
     cohorts, folds, _ = everything
     assert (fold_patients(cohorts["transplant censors"].labels, 5, seed=0) == folds).all()
     assert len(at_elapsed(cohorts["transplant censors"].labels, cohorts["transplant censors"].store, round(5 * YEAR))) == 202
+
+
+# networks on the same question: benchmarks/pbc2_networks.py
+
+@pytest.fixture(scope="module")
+def networks():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try: return importlib.import_module("pbc2_networks")
+    finally: sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def cohort(networks, path):
+    return networks.prepare(path, networks.OUTCOMES["transplant censors"])
+
+
+@pytest.fixture(scope="module")
+def fold(networks, cohort):
+    return networks.prepare_fold(cohort, fold_patients(cohort.labels, 5, seed=0), 2)
+
+
+def test_a_fold_is_that_of_the_cox_models(networks, study, cohort, fold):
+    folds = fold_patients(cohort.labels, study.N_FOLDS, seed=0)
+    assert (fold.test == np.flatnonzero(folds == 2)).all() and (fold.training == np.flatnonzero(folds != 2)).all() and fold.store.n_visits.sum() == 1945
+    for year, marks in cohort.marks.items():
+        mine = fold.marks[year]
+        for name in ("subject_ids", "days", "durations", "event_types"): assert (getattr(mine, name) == getattr(marks, name)).all()
+    for year, marks in fold.known.items():
+        assert (marks.days == fold.marks[year].days).all() and (marks.store.n_visits[marks.rows] == marks.visits + 1).all()  # nothing comes after the landmark
+    parts = [networks.hold_out(fold, seed) for seed in networks.SEEDS]
+    for train, validation in parts:
+        assert (np.sort(np.concatenate([train, validation])) == fold.training).all() and abs(len(validation) / len(fold.training) - 0.2) < 0.01
+        assert abs(fold.labels.event_indicators[validation].mean() - fold.labels.event_indicators[train].mean()) < 0.02
+    assert len({tuple(v) for _, v in parts}) == 3
+
+
+def test_the_vocabulary_has_not_seen_the_fold(networks, cohort, fold):
+    "Other values and other codes of the fold's patients leave tokens and edges as they are; those of others do not."
+    before = fold.store.vocabulary
+    def changed(rows):
+        theirs = pl.col("subject_id").is_in(cohort.store.subject_ids[rows].tolist()) & pl.col("numeric_value").is_not_null()
+        events = cohort.table.events.with_columns(numeric_value=pl.when(theirs).then(pl.col("numeric_value") * 3 + 1).otherwise("numeric_value"))
+        folds = fold_patients(cohort.labels, 5, seed=0)
+        return networks.prepare_fold(replace(cohort, table=replace(cohort.table, events=events)), folds, 2).store.vocabulary
+    same, other = changed(fold.test), changed(fold.training[:40])
+    assert (same.tokens, same.value_edges) == (before.tokens, before.value_edges) and other.value_edges != before.value_edges
+    assert {"SIGN//ascites//0.0", "SIGN//ascites//1.0", "SIGN//edema//0.5", "SIGN//edema//1.0", "LAB//serBilir//Q1", "LAB//serBilir//Q10"} <= set(before.tokens)
+    assert not any(t.startswith(("MEDS", "TRANSPLANT", "OBSERVATION")) for t in before.tokens)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "BEHRT, from scratch"])
+def test_a_network_on_one_fold(networks, fold, tmp_path, name):
+    model, facts = networks.fit_network(name, fold, 0, tmp_path, epochs=1)  # checks that it does not see the future
+    risks = networks.ask(model, fold)  # and once more with the records cut at the landmark
+    for year, r in risks.items():
+        assert r.shape == (np.isin(fold.marks[year].rows, fold.test).sum(), 2) and ((r > 0) & (r < 1)).all() and (r[:, 0] < r[:, 1]).all()
+    assert facts["trainable"] == facts["parameters"] == sum(p.numel() for p in model.parameters())
+    class Peeks:
+        def predict_risk(self, marks, horizons): return np.tile(1 / marks.store.n_visits[marks.rows, None], (1, len(horizons)))
+    with pytest.raises(AssertionError, match="what came after"): networks.ask(Peeks(), fold)
+
+
+def test_last_tokens(networks, fold):
+    marks = networks.stacked(fold, fold.training)
+    assert len(marks) == sum(np.isin(m.rows, fold.training).sum() for m in fold.marks.values()) and not np.isin(marks.rows, fold.test).any()
+    features = networks.LastTokens().fit(marks)
+    x, n = features.transform(marks).toarray(), len(fold.store.vocabulary)
+    assert x.shape[1] == len(features.names)
+    for i in range(0, len(marks), 97):
+        at = fold.store.first_visit[marks.rows[i]] + marks.visits[i]
+        assert set(np.flatnonzero(x[i, -n:])) == set(fold.store.tokens[fold.store.token_offsets[at]:fold.store.token_offsets[at + 1]]) and set(x[i, -n:]) <= {0, 1}
+
+
+def test_bins_so_fine_that_nothing_is_lost(networks, cohort, fold):
+    "With an edge at every value, the Cox model on bins is the one on values; with ten bins it is near."
+    folds = fold_patients(cohort.labels, 5, seed=0)
+    values = cohort.table.events.filter(pl.col("code").is_in(list(networks.BINNED_LABS.values()))).group_by("code").agg(pl.col("numeric_value").drop_nulls().unique().sort())
+    exact, coarse = networks.crossed_risks(cohort, folds, 5, ("last values, stacked",))["last values, stacked"], networks.binned_risks(cohort, folds, [fold])[5]
+    mine = folds[cohort.marks[5].rows] == 2
+    assert np.isnan(coarse[~mine]).all() and 0.9 < np.corrcoef(coarse[mine, 1], exact[mine, 1])[0, 1] < 1
+    store = SimpleNamespace(subject_ids=fold.store.subject_ids, vocabulary=SimpleNamespace(value_edges=dict(values.iter_rows())))
+    fine = networks.binned_risks(cohort, folds, [replace(fold, training=np.arange(312), store=store)])[5]  # means from everybody, since a bin without a value has none
+    np.testing.assert_allclose(fine[mine], exact[mine], atol=1e-9)
+
+
+def test_both_pages_have_the_same_cox_models():
+    "Same patients, folds and scores: the rows of the Cox models agree, digit for digit."
+    def rows(page): return [[c.strip() for c in line.strip("|").split("|")] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cox = {(r[1], r[4]): r[5:9] for r in rows(PAGE) if len(r) == 9 and r[0] == "transplant censors"}
+    page = PAGE.with_name("pbc2_networks.md")
+    found, year = 0, None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"### Year (\d)", line): year = match[1]
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if year and len(cells) == 6 and (year, cells[0]) in cox: found += cells[1:5] == cox[year, cells[0]]
+    assert found == 6 and page.with_suffix(".png").exists()

@@ -158,7 +158,7 @@ class LSTMBaseline(SavedModel):
         one_by_one = logits.flatten(0, 1) if self.level == "visit" else logits
         return class_probabilities(one_by_one, self.problem, self.class_weights).view(logits.shape)
 
-# %% ../nbs/12_lstm.ipynb #e517c04a
+# %% ../nbs/12_lstm.ipynb #80f840fe
 class SurvivalLSTM(SurvivalModel):
     "LSTM encoder, hazard head. Refuses an encoder that reads both ways unless told that it leaks. Batches as for `LSTMEncoder`."
     config_class, encoder, layout = LSTMConfig, "lstm_encoder", "hierarchical"
@@ -167,9 +167,10 @@ class SurvivalLSTM(SurvivalModel):
         config: LSTMConfig, # sizes
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
+        objective="nll", # what is minimised: "nll", "ranking", "hybrid", or an `Objective`
     ):
         check_direction(config.bidirectional, allow_future_leakage, "bidirectional=True", "bidirectional=False")
-        super().__init__(config, horizons, allow_future_leakage=allow_future_leakage)
+        super().__init__(config, horizons, objective, allow_future_leakage=allow_future_leakage)
         self.lstm_encoder = LSTMEncoder(config)
         self.head = HazardHead(self.lstm_encoder.hidden_size, 1 if horizons is None else len(self.horizons), config.dropout)
 

@@ -206,7 +206,7 @@ def _put_moments(trainer, state):
     number = {name: i for i, name in enumerate(_optimised(trainer))}
     raw.load_state_dict({"state": {number[n]: kept for n, kept in state["state"].items()}, "param_groups": [g | {"params": [number[n] for n in g["params"]]} for g in state["param_groups"]]})
 
-# %% ../nbs/16_training.ipynb #f62da338
+# %% ../nbs/16_training.ipynb #88be5432
 def _data_digest(*loaders):
     "What is read, and in which order: a digest of what a model sees of the loaders' patients, of their settings, of the plan of an epoch, and of one batch with all that transforms add."
     digest, randoms = hashlib.sha256(), random_states()
@@ -224,6 +224,11 @@ def _data_digest(*loaders):
 
 
 def _trained(module): return sorted(name for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _objective(module):
+    "What a survival model minimises if that is not the likelihood, as its settings say it."
+    return getattr(module, "settings", {}).get("objective")
 
 
 def _frozen_rows(module):
@@ -244,11 +249,13 @@ def _check_fits(trainer, state):
     longer = " A run cannot be made longer: its learning rate depends on its length. Begin another one with its best weights." if changed == ["epochs"] else ""
     if changed: raise ValueError(f"{where}: the run was begun with {changed[0]}={state['settings'][changed[0]]!r}, and now it is {settings.get(changed[0])!r}. {remedy}{longer}")
     if state["trained"] != _trained(module): raise ValueError(f"{where}: the run trains {len(state['trained'])} tensors, and here {len(_trained(module))} are to be trained: other parts are frozen. {remedy}")
+    begun, now = ((objective or {"name": "nll"}) for objective in (state.get("objective"), _objective(module)))
+    if begun != now: raise ValueError(f"{where}: the run minimises {begun}, and this model {now}. {remedy}")
     rows, mine = (sum(map(len, frozen.values())) for frozen in (state["frozen_rows"], _frozen_rows(module)))
     if state["frozen_rows"] != _frozen_rows(module): raise ValueError(f"{where}: the run keeps {rows} rows of its table of codes as they are, and here {mine} are kept{', other ones' if rows == mine else ''}. Call freeze_codes, as before the first call, or choose another folder.")
     if state["data"] != trainer.data_digest: raise ValueError(f"{where}: the run was begun on other patients, or with other labels, masks or batches. {remedy}")
 
-# %% ../nbs/16_training.ipynb #40163dbe
+# %% ../nbs/16_training.ipynb #9d5907d1
 class _Saving:
     "What a `Trainer` writes and reads."
     def _state(self):
@@ -256,7 +263,7 @@ class _Saving:
         scaler, randoms = self.accelerator.scaler, [random_states()]
         return {"kind": "training", "class": type(self.module).__name__, "model": _weights_of(self), "optimizer": _moments_of(self), "scaler": scaler.state_dict() if scaler else None,
                 "random": gather_object(randoms) if self.accelerator.num_processes > 1 else randoms, "run": dataclasses.asdict(self.run), "best": self.best_weights,
-                "settings": dataclasses.asdict(self.settings), "data": self.data_digest, "trained": _trained(self.module), "frozen_rows": _frozen_rows(self.module)}
+                "settings": dataclasses.asdict(self.settings), "data": self.data_digest, "trained": _trained(self.module), "frozen_rows": _frozen_rows(self.module), "objective": _objective(self.module)}
 
     def save(self):
         "Write a checkpoint, and the best weights if they are new. On all processes at once; the first one writes. Raises `OSError`, with what was there before still there."

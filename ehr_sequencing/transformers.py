@@ -116,7 +116,7 @@ class HierarchicalEncoder(SavedModel):
         x = _run(self.visit_blocks, self.dropout(self.visit_norm(x)), attend, self.config.gradient_checkpointing and self.training)
         return grid.put(self.norm(x))
 
-# %% ../nbs/13_transformers.ipynb #a05e8435
+# %% ../nbs/13_transformers.ipynb #f3c822e0
 class SurvivalTransformer(SurvivalModel):
     "A hierarchical transformer with a hazard head at every visit. Refuses bidirectional attention across visits unless told that it leaks."
     config_class, encoder, layout = HierarchicalConfig, "transformer", "hierarchical"
@@ -125,9 +125,10 @@ class SurvivalTransformer(SurvivalModel):
         config: HierarchicalConfig, # of the encoder
         horizons=None, # increasing days: ends of the calendar bins; None for visit hazards
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
+        objective="nll", # what is minimised: "nll", "ranking", "hybrid", or an `Objective`
     ):
         check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
-        super().__init__(config, horizons, allow_future_leakage=allow_future_leakage)
+        super().__init__(config, horizons, objective, allow_future_leakage=allow_future_leakage)
         self.transformer = HierarchicalEncoder(config)
         self.head = HazardHead(config.hidden_size, 1 if horizons is None else len(self.horizons), config.dropout)
 

@@ -153,6 +153,19 @@ def test_ranking_of_visits_weighs_patients_equally_and_compares_nobody_with_hims
 
 
 @some
+@given(visits(), FORM, BLOCKS, st.data())
+def test_ranking_of_visits_with_weights_and_patients_of_several_rows(case, form, size, data):
+    "Given weights take the place of equal ones, and rows of one patient are not compared."
+    z, T, E, at_risk = case
+    weights = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=at_risk.numel(), max_size=at_risk.numel())), dtype=torch.float64).view(at_risk.shape)
+    patients = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=len(T), max_size=len(T))))
+    groups = patients.repeat_interleave(T.shape[1]).tolist()
+    total, weight = naive_pairs(z.flatten(0, 1), torch.where(at_risk, T, -1).flatten(), E.flatten(), form, 0.1, True, (weights * at_risk).flatten().tolist(), groups)
+    value, pairs = PairwiseRankingLoss(form, pairs_per_block=size).value_and_pairs(z, T, E, at_risk, weights, patients)
+    assert value.item() == pytest.approx(total / weight if weight else 0, rel=1e-9) and bool(pairs) == bool(weight)
+
+
+@some
 @given(patients(2), FORM, BLOCKS)
 def test_gradient_of_the_blocks_is_that_of_the_whole_matrix(case, form, size):
     z, T, E = case

@@ -131,7 +131,7 @@ def test_a_signal_during_an_evaluation(data, folder, at):
 
 # what is resumed
 
-@pytest.mark.parametrize("kind, options", [("frozen", {}), ("mlm", {"mixed_precision": "bf16"}), ("lora", {"patience": 1, "monitor": "train_loss", "maximize": True, "evaluate_every": 4})])
+@pytest.mark.parametrize("kind, options", [("frozen", {}), ("ranking", {}), ("hybrid", {"gradient_accumulation_steps": 2}), ("mlm", {"mixed_precision": "bf16"}), ("lora", {"patience": 1, "monitor": "train_loss", "maximize": True, "evaluate_every": 4})])
 def test_resumed_in_this_process(data, folder, kind, options):
     "A frozen encoder, products in 16 bits, early stopping; and a run that has ended says the same again."
     plain, out = make_trainer(data, kind, **options), folder/f"again-{kind}"
@@ -199,7 +199,7 @@ def begun(data, folder):
 
 
 @pytest.mark.parametrize("changes, says", [({"epochs": 4}, "begun with epochs=3, and now it is 4"), ({"evaluate_every": 5}, "begun with evaluate_every=None"), ({"seed": 1}, "begun with seed=0"),
-    ({"model": {"intermediate_size": 64}}, "another architecture: 'behrt"), ({"kind": "mlm"}, "of a BEHRTForSurvival, and this model is a BEHRTForMLM"), ({"kind": "lora"}, "another architecture"), ({"kind": "frozen"}, "other parts are frozen"),
+    ({"model": {"intermediate_size": 64}}, "another architecture: 'behrt"), ({"kind": "mlm"}, "of a BEHRTForSurvival, and this model is a BEHRTForMLM"), ({"kind": "lora"}, "another architecture"), ({"kind": "frozen"}, "other parts are frozen"), ({"kind": "ranking"}, "the run minimises {'name': 'nll'}, and this model {'name': 'ranking'"),
     ({"train_rows": 70}, "other patients"), ({"loader": {"tile": False}}, "other patients, or with other labels, masks or batches"), ({"loader": {"seed": 3}}, "other patients"), ({"loader": {"max_tokens": 40}}, "other patients")])
 def test_refused(data, begun, changes, says):
     "By name; and the checkpoint is left as it was."

@@ -13,6 +13,7 @@ from ehr_sequencing.explain import attribute_codes
 from ehr_sequencing.horizons import attach_labels, labelled_batches
 from ehr_sequencing.landmarks import at_each_visit
 from ehr_sequencing.lstm import LSTMBaseline, LSTMConfig, LSTMProgressionModel, SurvivalLSTM
+from ehr_sequencing.objectives import Objective, loss_scales
 from ehr_sequencing.outcomes import Outcome, feature_exclusions, label_visits
 from ehr_sequencing.progression import BEHRTForProgression, Stages, attach_progression, label_progression
 from ehr_sequencing.saved_models import SavedModel
@@ -20,6 +21,7 @@ from ehr_sequencing.sequences import build_store
 from ehr_sequencing.splits import split_patients
 from ehr_sequencing.survival import BEHRTForSurvival, landmark_outputs, risk_within
 from ehr_sequencing.synthetic import CONDITIONS, OUTCOME_CODE, simulate_cohort
+from ehr_sequencing.training import Trainer
 from ehr_sequencing.transformers import HierarchicalConfig, SurvivalTransformer, TransformerProgressionModel
 from ehr_sequencing.vocabulary import fit_vocabulary
 
@@ -374,3 +376,58 @@ def test_a_subclass_makes_no_promise_for_its_own_code(cohort):
         def forward(self, batch): return super().forward(batch) * 1
     config = BEHRTConfig.small(len(cohort[1].vocabulary), **SMALL[BEHRTConfig])
     assert [kind(config, HORIZONS).causal for kind in (Turned, Named, Said)] == [False, True, True]
+
+
+WITH_OBJECTIVE = [name for name in OF_HAZARDS if "n_stages" not in MODELS[name][3]]
+
+
+@pytest.mark.parametrize("name", WITH_OBJECTIVE)
+def test_objectives(cohort, name, tmp_path):
+    "The hybrid is the likelihood plus the weighted ranking, gradients included, the likelihood itself without weight; outputs and their direction do not change; saved models remember."
+    store, (records, _, _, _) = cohort[1], cohort
+    rows = np.flatnonzero(cohort[2].last_at_risk >= 0)[:24]
+    scales = loss_scales(store, cohort[2], rows, visit_hazards="visit hazards" in name)
+    asked = {"nll": "nll", "ranking": "ranking", "hybrid": Objective("hybrid", 0.5, scales), "no weight": Objective("hybrid", 0, scales)}
+    models = {o: build(name, store, objective=objective) for o, objective in asked.items()}
+    batch, found = labelled(cohort, name, models["nll"], rows), {}
+    for o, model in models.items():
+        outputs = model(batch)
+        loss, n = model.loss(outputs, batch)
+        loss.backward()
+        found[o] = outputs, loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), n
+        assert_no_future_leakage(model, make_batch(store, rows[:6], max_tokens=128))
+    weight = 0.5 * scales[0] / scales[1]
+    for o in models: assert found[o][0].equal(found["nll"][0]) and found[o][3] == len(rows)
+    for i in (1, 2):
+        assert found["no weight"][i].equal(found["nll"][i]) and not found["ranking"][i].equal(found["nll"][i])
+        torch.testing.assert_close(found["hybrid"][i], found["nll"][i] + weight * found["ranking"][i], atol=1e-4 * found["hybrid"][i].abs().max().item(), rtol=0)
+    assert found["ranking"][2].abs().sum() > 0
+    models["hybrid"].save_pretrained(tmp_path / "hybrid")
+    again = SavedModel.from_pretrained(tmp_path / "hybrid")
+    assert again.objective == asked["hybrid"] and again.loss(again(batch), batch)[0].equal(found["hybrid"][1])
+    assert type(again).from_pretrained(tmp_path / "hybrid", objective="nll").settings == models["nll"].settings and "objective" not in models["nll"].settings
+
+
+@pytest.mark.parametrize("objective", ["ranking", Objective("hybrid", 0.5, (4.0, 0.7))])
+def test_the_validation_loss_is_that_of_the_objective(cohort, objective):
+    "A training reports, and stops by, what it minimises; batches without a pair count nothing in a ranking."
+    store, labels, split = cohort[1], cohort[2], split_patients(cohort[2])
+    torch.manual_seed(0)
+    model = SurvivalLSTM(LSTMConfig.small(len(store.vocabulary), **SMALL[LSTMConfig]), labels.horizons, objective=objective)
+    loaders = [labelled_batches(store, labels, split[part], part == "train", layout="hierarchical", token_budget=1500) for part in ("train", "validation")]
+    trainer = Trainer(model, *loaders, epochs=2, device="cpu", show_progress=False)
+    trainer.fit()
+    with torch.no_grad():
+        model.eval()
+        parts = [model.loss(model(b), b) for b in loaders[1]]
+    best = min(row["validation_loss"] for row in trainer.history)
+    assert sum(loss.item() * n for loss, n in parts) / sum(n for _, n in parts) == pytest.approx(best, rel=1e-6)
+
+
+def test_a_batch_without_pairs(cohort):
+    "Asks nothing of a model that ranks, and the likelihood of one that does both."
+    store, name = cohort[1], "LSTM, horizons"
+    batch = labelled(cohort, name, build(name, store), np.flatnonzero(cohort[2].last_at_risk >= 0)[:1])
+    losses = {o: model.loss(model(batch), batch) for o, model in ((o, build(name, store, objective=o)) for o in ("nll", "ranking", "hybrid"))}
+    assert [n for _, n in losses.values()] == [1, 0, 1] and losses["ranking"][0] == 0 and losses["hybrid"][0] == losses["nll"][0] > 0
+    losses["ranking"][0].backward()

@@ -19,6 +19,7 @@ from ehr_sequencing.behrt import BEHRTConfig
 from ehr_sequencing.checkpoints import read_state, state_digest
 from ehr_sequencing.horizons import labelled_batches
 from ehr_sequencing.landmarks import spaced_landmarks
+from ehr_sequencing.objectives import Objective
 from ehr_sequencing.outcomes import Outcome, label_visits
 from ehr_sequencing.pretraining import OBJECTIVES, pretraining_loader, pretraining_model
 from ehr_sequencing.sequences import build_store
@@ -28,7 +29,7 @@ from ehr_sequencing.training import Trainer, ValidationConcordance
 from ehr_sequencing.vocabulary import fit_vocabulary
 
 PARTS = ("model", "optimizer", "random", "best") # tensors and generators of a checkpoint
-SURVIVAL = {"survival": {}, "lora": {"use_lora": True, "lora_rank": 2}, "frozen": {"freeze_behrt": True}}
+SURVIVAL = {"survival": {}, "lora": {"use_lora": True, "lora_rank": 2}, "frozen": {"freeze_behrt": True}, "ranking": {"objective": "ranking"}, "hybrid": {"objective": Objective("hybrid", 0.5, (3.0, 0.7))}}
 
 
 def prepare(folder, n=120):

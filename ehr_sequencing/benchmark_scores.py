@@ -136,7 +136,7 @@ def _score(task: _Task) -> dict: # (arm, n_labels, seed) -> name -> values
         for arm, risks in task.train_risks.items(): found.setdefault((arm, task.n_labels, task.seed), {})["train_c_index"] = train.concordance(risks)
     return found
 
-# %% ../nbs/17d_benchmark_scores.ipynb #98d9423a
+# %% ../nbs/17d_benchmark_scores.ipynb #049541f0
 def over_seeds(
     whole: np.ndarray, # (S,) value of each seed, from all patients
     draws: np.ndarray, # (R, S) the same in each draw of patients
@@ -148,7 +148,8 @@ def over_seeds(
     if S == 1: return mean
     generator, off = np.random.default_rng([seed, 1]), whole - whole.mean()
     seeds, spread = generator.multinomial(S, np.full(S, 1 / S), size=R), chi2.rvs(S - 1, size=R, random_state=generator)  # (R, S), (R,)
-    between, within = (off**2).sum() / (S - 1), np.nanvar(draws - mean[:, None], axis=0, ddof=1).sum() / (S - 1)
+    defined = (draws - mean[:, None])[np.isfinite(mean)]
+    between, within = (off**2).sum() / (S - 1), (defined.var(axis=0, ddof=1).sum() if len(defined) > 1 else 0.0) / (S - 1)
     share = max(0.0, 1 - within / between) if between > 0 else 0.0
     return mean + np.sqrt(S * share / spread) * (seeds @ off) / S
 

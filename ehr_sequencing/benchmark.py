@@ -6,12 +6,13 @@
 __all__ = ['MOST_TRAINING', 'Job', 'plan_jobs', 'train_landmarks', 'run_jobs', 'collect_results', 'describe_command',
            'choose_arms', 'readable_table', 'run_benchmark']
 
-# %% ../nbs/18_benchmark.ipynb #9c03bf35
+# %% ../nbs/18_benchmark.ipynb #6ade662e
 import dataclasses
 import hashlib
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ from .report import write_report
 from .sequences import SequenceStore, load_sequences
 from .steps import make_accelerator
 
-# %% ../nbs/18_benchmark.ipynb #ef9dd58e
+# %% ../nbs/18_benchmark.ipynb #48655fd9
 @dataclass(frozen=True)
 class Job:
     "One piece of work, which writes one file (or folder) of the working folder."
@@ -58,7 +59,7 @@ def _slug(name):
     "A name as part of a file name; two names never share one."
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + "-" + hashlib.sha256(name.encode()).hexdigest()[:6]
 
-
+# %% ../nbs/18_benchmark.ipynb #0b6b6799
 _EFFORT = {"network": 10.0, "baseline": 1.5, "control": 0.1} # of a labelled patient
 
 
@@ -130,7 +131,7 @@ def _fit(shared, work, job, arm):
         fitted.model.save_pretrained(Path(work)/"models"/_slug(arm.name)[:-7], shared.store.vocabulary)
     save_cell(Path(work)/job.file, Cell(arm.name, job.n_labels, job.seed, risks, train_risks, fitted.parameters, fitted.trainable, fitted.seconds, fitted.cpu_seconds, len(fitted.history) or None, fitted.setting, fitted.history, fitted.leak))
 
-# %% ../nbs/18_benchmark.ipynb #23b16654
+# %% ../nbs/18_benchmark.ipynb #9f8e3c3b
 def _write_json(path, value):
     with whole_file(path) as partial: partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
@@ -155,7 +156,7 @@ def _ask_oracle(shared, work, job):
         for s in range(config.n_seeds): arrays[f"{n} {s}"] = ask(train_landmarks(make_task(shared, config, n, s)), config.horizons)
     with whole_file(Path(work)/job.file) as partial, open(partial, "wb") as handle: np.savez(handle, **arrays)
 
-
+# %% ../nbs/18_benchmark.ipynb #e4083e8b
 def _is_done(work, job):
     "Whether the file of a job is there and whole."
     path = Path(work)/job.file
@@ -251,7 +252,7 @@ def collect_results(
     return BenchmarkResults(config.horizons, _asked(cohort.test), train, cells, {a.name: a.kind for a in arms.values()}, _asked(spaced_landmarks(cohort.labels, cohort.store, np.sort(pool), config.seed)),
                             oracle and oracle["test"], {key: oracle[f"{key[0]} {key[1]}"] for key in train} if oracle else {}, _about(config, cohort, arms, work, sizes, command))
 
-# %% ../nbs/18_benchmark.ipynb #7b4ee667
+# %% ../nbs/18_benchmark.ipynb #ca023ca6
 def describe_command(
     config: BenchmarkConfig, # settings
 ) -> str: # to be typed
@@ -269,6 +270,9 @@ def describe_command(
 def _source_name(config): return "synthetic cohort" if config.source is None else Path(config.source).name.split("?")[0]
 
 
+_SIMULATED = ["The patients are simulated: a few hundred codes, whose meaning counts can nearly exhaust, and a truth that somebody wrote down. What wins here need not win on the records of a hospital."]
+
+
 def _about(config, cohort, arms, work, sizes, command):
     "What was asked of which data, in JSON-able facts for the report."
     name, years = cohort.table.name_of(config.outcome), f"{config.horizon_years:g} year{'s' * (config.horizon_years != 1)}"
@@ -280,9 +284,9 @@ def _about(config, cohort, arms, work, sizes, command):
     pretraining = [{"seed": s} | json.loads((work/Job("pretrain", seed=s).file/COSTS).read_text(encoding="utf-8")) for s in range(config.n_seeds) if any(a.pretrained for a in arms.values())]
     return {"title": f"{name}: who, within {years}?", "question": f"For whom of the patients who are still free of it comes {name} within {years} of a visit?", "source": _source_name(config), "outcome": config.outcome, "horizon_years": config.horizon_years,
             "preset": config.preset, "command": command or describe_command(config), "settings": json.loads(json.dumps(settings)), "summary": [[k, v] for k, v in cohort.summary["value"].items()], "notes": list(cohort.table.notes), "flow": [[k.strip(), int(v)] for k, v in cohort.labels.flow["patients"].items()],
-            "split": split, "vocabulary": len(cohort.store.vocabulary), "arms": facts, "pretraining": pretraining, "provenance": collect_provenance(config.seed), "limits": []}
+            "split": split, "vocabulary": len(cohort.store.vocabulary), "arms": facts, "pretraining": pretraining, "provenance": collect_provenance(config.seed), "limits": _SIMULATED if cohort.truth else [], "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
-# %% ../nbs/18_benchmark.ipynb #db187729
+# %% ../nbs/18_benchmark.ipynb #f3bbcca1
 def _check_out(folder, overwrite):
     "Raise unless `folder` is free, or holds a report that may be replaced. A folder with anything else is never touched."
     if not folder.exists(): return
@@ -301,7 +305,7 @@ def choose_arms(
     if unknown := [name for name in config.arms or () if name not in known]: raise ValueError(f"arms: {unknown[0]!r} is unknown; expected some of {'; '.join(known)}")
     return {name: arm for name, arm in known.items() if config.arms is None or name in config.arms}
 
-
+# %% ../nbs/18_benchmark.ipynb #d90bbe5d
 def _write(config, results, scores, work, say):
     "The report with its models and histories, whole or not at all."
     verdicts, flags = decide_hypotheses(scores), red_flags(scores)
@@ -314,7 +318,7 @@ def _write(config, results, scores, work, say):
     for flag in flags: say(f"Note: {flag}")
     for verdict in verdicts: say(f"{verdict.name}: {verdict.outcome}. {verdict.words}")
 
-
+# %% ../nbs/18_benchmark.ipynb #2b509d45
 def readable_table(
     scores: BenchmarkScores, # of all arms
 ) -> pd.DataFrame: # text, one row an arm
@@ -325,7 +329,7 @@ def readable_table(
     return pd.DataFrame({"arm": table["arm"], "C-index (95 % interval)": [f"{r.c_index:.3f} ({r.c_index_low:.3f} to {r.c_index_high:.3f})" for r in table.itertuples()], "Brier": [number(b, ".4f") for b in table["brier"]],
                          "observed/expected": [number(x, ".2f") for x in table["observed_expected"]], "trained": [number(n, ",.0f") for n in table["trainable"]], "CPU seconds": [number(x, ",.1f") for x in table["cpu_seconds"]]})
 
-
+# %% ../nbs/18_benchmark.ipynb #f92d769d
 def run_benchmark(
     config: BenchmarkConfig, # what to run
     say=print, # called with each line of the account

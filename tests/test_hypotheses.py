@@ -62,3 +62,8 @@ def test_an_honest_arm_is_rarely_flagged_against_the_oracle():
     "An arm that knows the truth but for a little noise."
     flags = [flag for s in range(40) for flag in red_flags(made({"visit count": 6.0, FULL: 0.1}, 150, s)) if "true risks" in flag]
     assert len(flags) <= 4
+
+
+def test_beating_one_baseline_of_two_is_not_enough():
+    verdict = decide_hypotheses(made({COX: 0.5, TREES: 2.0, LSTM: 2.0, FULL: 0.5}, 400, 2, 300))[4]
+    assert verdict.differences[1].low > 0 and verdict.outcome == "not decided" and 'worse than one of the two: "LSTM"' in verdict.words

@@ -252,7 +252,7 @@ def collect_results(
     return BenchmarkResults(config.horizons, _asked(cohort.test), train, cells, {a.name: a.kind for a in arms.values()}, _asked(spaced_landmarks(cohort.labels, cohort.store, np.sort(pool), config.seed)),
                             oracle and oracle["test"], {key: oracle[f"{key[0]} {key[1]}"] for key in train} if oracle else {}, _about(config, cohort, arms, work, sizes, command))
 
-# %% ../nbs/18_benchmark.ipynb #ca023ca6
+# %% ../nbs/18_benchmark.ipynb #d3e66fd9
 def describe_command(
     config: BenchmarkConfig, # settings
 ) -> str: # to be typed
@@ -282,7 +282,7 @@ def _about(config, cohort, arms, work, sizes, command):
     tuned = {a.name: json.loads((work/Job("tune", a.name).file).read_text(encoding="utf-8")) for a in arms.values() if (work/Job("tune", a.name).file).is_file()}
     facts = {a.name: {"kind": a.kind, "what": a.about, "pretrained": a.pretrained, "settings_tried": config.trials if a.kind != "network" or a.name in tuned else 1} | ({"chosen": tuned[a.name]["setting"]} if a.name in tuned else {}) for a in arms.values()}
     pretraining = [{"seed": s} | json.loads((work/Job("pretrain", seed=s).file/COSTS).read_text(encoding="utf-8")) for s in range(config.n_seeds) if any(a.pretrained for a in arms.values())]
-    return {"title": f"{name}: who, within {years}?", "question": f"For whom of the patients who are still free of it comes {name} within {years} of a visit?", "source": _source_name(config), "outcome": config.outcome, "horizon_years": config.horizon_years,
+    return {"title": f"{name[:1].upper()}{name[1:]}: who, within {years}?", "question": f"For whom of the patients who are still free of it comes {name} within {years} of a visit?", "source": _source_name(config), "outcome": config.outcome, "horizon_years": config.horizon_years,
             "preset": config.preset, "command": command or describe_command(config), "settings": json.loads(json.dumps(settings)), "summary": [[k, v] for k, v in cohort.summary["value"].items()], "notes": list(cohort.table.notes), "flow": [[k.strip(), int(v)] for k, v in cohort.labels.flow["patients"].items()],
             "split": split, "vocabulary": len(cohort.store.vocabulary), "arms": facts, "pretraining": pretraining, "provenance": collect_provenance(config.seed), "limits": _SIMULATED if cohort.truth else [], "date": time.strftime("%Y-%m-%d", time.gmtime())}
 

@@ -149,12 +149,19 @@ def _key_height(names) -> float:
     "Inches that a key of these names takes."
     return sum(0.14 * _wrap(n).count("\n") + 0.19 for n in names)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #5ecddb1e
+# %% ../nbs/17e_benchmark_figures.ipynb #d5c377a5
 def _aside(sizes, n: int) -> np.ndarray: # (n,)
     "Factors by which arms of one size are moved apart on a log axis."
     logs = np.log10(np.asarray(sizes, dtype=float))
     width = max(0.55 * np.diff(logs).min(), 0.02 * np.ptp(logs)) if len(logs) > 1 else 0.3
     return 10 ** (width * (np.arange(n) - (n - 1) / 2) / max(n - 1, 4))
+
+
+def _leave_room(ax, rows):
+    "Limits that hold everything but the control's interval, which may be so wide that nothing else could be told apart."
+    seen = np.concatenate([rows.value, *(rows.loc[rows.kind != "control", end] for end in ("low", "high"))]).astype(float)
+    low, high = np.nanmin(seen), np.nanmax(seen)
+    ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
 def plot_label_efficiency(
@@ -182,6 +189,7 @@ def plot_label_efficiency(
     ends = rows.sort_values("n_labels", na_position="first").drop_duplicates("arm", keep="last")
     ax.set(xlabel="labelled patients (log scale)", ylabel=_wrap(_axis_label(metric, scores.level), 48), xlim=(sizes[0] / _aside(sizes, 5)[-1] ** 1.2, sizes[-1] * _aside(sizes, 5)[-1] ** 1.2))
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes]); ax.minorticks_off()
+    if len(sizes) > 1: _leave_room(ax, rows)
     _tidy(ax)
     plain = {"oracle"} | ({"control"} if len(sizes) == 1 else set())  # lines without markers
     _key(ax, [(names[r.arm], r.value, styles[r.arm] | ({"marker": ""} if r.kind in plain else {})) for r in ends.itertuples()], leaders=len(sizes) > 1)

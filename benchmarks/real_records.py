@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
 
-from ehr_sequencing.benchmark import run_benchmark
+from ehr_sequencing.benchmark import describe_command, run_benchmark
 from ehr_sequencing.benchmark_plan import BenchmarkConfig
 from ehr_sequencing.omop import eunomia_path
 from ehr_sequencing.run_tables import markdown_table
@@ -38,7 +38,7 @@ def locate(source, data):
     return data / source if (data / source).exists() else None
 
 
-def section(title, remark, folder):
+def section(title, remark, folder, config):
     "One source on the page: what is known, flags, the table, the verdicts."
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     table = pd.read_csv(folder / "results.csv")
@@ -49,7 +49,7 @@ def section(title, remark, folder):
     split = " ".join(f"{part}: {n['patients']:,} patients, {n['patients_with_event']} with the event; {n['landmarks']:,} landmarks, {n['events']:,} followed by it within {about['horizon_years']:g} years." for part, n in about["split"].items())
     verdicts = "\n".join(f"- {v['name']}, {v['outcome']}. {v['words']}" for v in found["verdicts"])
     flags = "\n".join(f"- **Note.** {flag}" for flag in found["flags"])
-    return "\n\n".join(part for part in (f"## {title}", remark, split.capitalize(), flags, markdown_table(shown), verdicts, f"`{about['command']}`") if part)
+    return "\n\n".join(part for part in (f"## {title}", remark, split.capitalize(), flags, markdown_table(shown), verdicts, f"`{describe_command(config)}`") if part)
 
 
 @call_parse
@@ -59,15 +59,16 @@ def main(
     n_jobs: int = None, # processes; one for each core if absent
 ):
     "Run what is missing and write the page."
-    parts = ["# Records that are not our own simulation", "Written by `benchmarks/real_records.py`: the quick benchmark with all arms on three questions; three seeds each, one on Synthea, whose records are long. Each section is the short form of a report. "
-             f"Split, labelled patients and weights are of seed {SEED}, not the one with which defaults were chosen. The quick preset shows a network 3,000 patients in all; networks that were trained longer would do better, and the tables compare arms at that effort only."]
+    parts = ["# Records that are not our own simulation", "Written by `benchmarks/real_records.py`: the quick benchmark, with a little more training and all arms, on three questions; three seeds each, one on Synthea, whose records are long. Each section is the short form of a report. "
+             f"Split, labelled patients and weights are of seed {SEED}, not the one with which defaults were chosen. A network is shown 3,000 patients in all; networks that were trained longer would do better, and the tables compare arms at that effort only."]
     for name, (n_seeds, title, source, outcome, remark) in RUNS.items():
         path, folder = locate(source, Path(data)), ROOT / "experiments" / "real_records" / name
         if path is None and not folder.exists():
             parts += [f"## {title}", "The data are not on this machine; left out."]
             continue
-        if not folder.exists(): run_benchmark(BenchmarkConfig(source=str(path), outcome=outcome, out=str(folder), seed=SEED, n_seeds=n_seeds, n_jobs=n_jobs, device="cpu"))
-        parts.append(section(title, remark, folder))
+        config = BenchmarkConfig(source=str(path), outcome=outcome, out=str(folder), seed=SEED, n_seeds=n_seeds, epochs=12, presentations=3000, n_jobs=n_jobs, device="cpu")
+        if not folder.exists(): run_benchmark(config)
+        parts.append(section(title, remark, folder, config))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"{out} written")

@@ -26,9 +26,9 @@ from .splits import split_patients
 from .synthetic import OUTCOME_CODE, SyntheticCohort, simulate_cohort
 from .vocabulary import SPECIAL_TOKENS, Vocabulary, fit_vocabulary
 
-# %% ../nbs/17g_benchmark_plan.ipynb #70a58b4e
+# %% ../nbs/17g_benchmark_plan.ipynb #8dca6229
 PRESETS = { # how much is run
-    "quick": {"num_patients": 1200, "sizes": (100, "all"), "n_seeds": 3, "epochs": 12, "presentations": 3_000, "trials": 1, "model_size": "small"},
+    "quick": {"num_patients": 1000, "sizes": (100, "all"), "n_seeds": 3, "epochs": 10, "presentations": 2_200, "trials": 1, "model_size": "small"},
     "standard": {"num_patients": 14_000, "sizes": (100, 300, 1000, 3000, 10_000), "n_seeds": 3, "epochs": 30, "presentations": 30_000, "trials": 3, "model_size": "small"},
     "full": {"num_patients": 140_000, "sizes": (100, 300, 1000, 3000, 10_000, 30_000, "all"), "n_seeds": 5, "epochs": 50, "presentations": 1_000_000, "trials": 3, "model_size": "medium"},
 }

@@ -46,10 +46,11 @@ def section(title, remark, folder, config):
                           "Brier": table["brier"].map("{:.4f}".format), "observed/expected": table["observed_expected"].map(lambda x: "" if pd.isna(x) else f"{x:.2f}"),
                           "trained": table["trainable"].map(lambda x: "" if pd.isna(x) else f"{x:,.0f}"), "CPU seconds": table["cpu_seconds"].map(lambda x: "" if pd.isna(x) else f"{x:,.0f}")})
     about = found["about"]
-    split = " ".join(f"{part}: {n['patients']:,} patients, {n['patients_with_event']} with the event; {n['landmarks']:,} landmarks, {n['events']:,} followed by it within {about['horizon_years']:g} years." for part, n in about["split"].items())
+    def number(n): return n if isinstance(n, str) else f"{n:,}"  # counts below ten are hidden
+    split = " ".join(f"{part.capitalize()}: {number(n['patients'])} patients, {number(n['patients_with_event'])} with the event; {number(n['landmarks'])} landmarks, {number(n['events'])} followed by it within {about['horizon_years']:g} years." for part, n in about["split"].items())
     verdicts = "\n".join(f"- {v['name']}, {v['outcome']}. {v['words']}" for v in found["verdicts"])
     flags = "\n".join(f"- **Note.** {flag}" for flag in found["flags"])
-    return "\n\n".join(part for part in (f"## {title}", remark, split.capitalize(), flags, markdown_table(shown), verdicts, f"`{describe_command(config)}`") if part)
+    return "\n\n".join(part for part in (f"## {title}", remark, split, flags, markdown_table(shown), verdicts, f"`{describe_command(config)}`") if part)
 
 
 @call_parse

@@ -48,9 +48,12 @@ def section(title, remark, folder, config):
     about = found["about"]
     def number(n): return n if isinstance(n, str) else f"{n:,}"  # counts below ten are hidden
     split = " ".join(f"{part.capitalize()}: {number(n['patients'])} patients, {number(n['patients_with_event'])} with the event; {number(n['landmarks'])} landmarks, {number(n['events'])} followed by it within {about['horizon_years']:g} years." for part, n in about["split"].items())
-    verdicts = "\n".join(f"- {v['name']}, {v['outcome']}. {v['words']}" for v in found["verdicts"])
+    first = table.loc[table["c_index"].idxmax(), "arm"]
+    of_networks = table[table["kind"] == "network"].set_index("arm")["c_index"]
+    best = f"The highest C is that of {first}; of the networks, that of {of_networks.idxmax()}. Whether they can be told apart, the verdicts say."
+    verdicts = "\n".join(f"- **{v['name']}.** {v['words']}" for v in found["verdicts"])
     flags = "\n".join(f"- **Note.** {flag}" for flag in found["flags"])
-    return "\n\n".join(part for part in (f"## {title}", remark, split, flags, markdown_table(shown), verdicts, f"`{describe_command(config)}`") if part)
+    return "\n\n".join(part for part in (f"## {title}", remark, split, flags, markdown_table(shown), best, verdicts, f"`{describe_command(config)}`") if part)
 
 
 @call_parse

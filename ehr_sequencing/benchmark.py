@@ -316,7 +316,7 @@ def _write(config, results, scores, work, say):
         (folder/"logs").mkdir()
         (folder/"logs"/"metrics_history.json").write_text(json.dumps(largest, indent=1), encoding="utf-8")
     for flag in flags: say(f"Note: {flag}")
-    for verdict in verdicts: say(f"{verdict.name}: {verdict.outcome}. {verdict.words}")
+    for verdict in verdicts: say(f"{verdict.name}: {verdict.words}")
 
 # %% ../nbs/18_benchmark.ipynb #2b509d45
 def readable_table(

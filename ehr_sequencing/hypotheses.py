@@ -6,13 +6,14 @@
 __all__ = ['FULL', 'SCRATCH', 'LORA', 'LSTM', 'COX', 'TREES', 'MIN_EVENTS', 'MARGIN', 'EXPECTED_GAIN', 'MIN_SAVED', 'OUTCOMES',
            'QUESTIONS', 'Verdict', 'decide_hypotheses', 'red_flags']
 
-# %% ../nbs/17da_hypotheses.ipynb #4fa17f6a
+# %% ../nbs/17da_hypotheses.ipynb #8c7ec099
 from dataclasses import dataclass, field
 
 import numpy as np
 from .benchmark_scores import ORACLE, BenchmarkScores, Difference
+from .run_figures import hide_small
 
-# %% ../nbs/17da_hypotheses.ipynb #3bb8ccf8
+# %% ../nbs/17da_hypotheses.ipynb #fc14d953
 FULL, SCRATCH, LORA = "BEHRT, pre-trained, full", "BEHRT, from scratch", "BEHRT, pre-trained, LoRA"
 LSTM, COX, TREES = "LSTM", "Cox, counts", "boosted trees, counts"
 MIN_EVENTS = 20 # test patients with the event, below which nothing is decided
@@ -39,7 +40,7 @@ class Verdict:
 def _obstacle(scores: BenchmarkScores, *arms: str) -> str:
     "Why a contrast of these arms cannot be drawn; empty if it can."
     results, largest = scores.results, max(scores.results.sizes)
-    if (n := results.test.n_patients_with_event) < MIN_EVENTS: return f"Of the test patients only {n} have the event; with fewer than {MIN_EVENTS} no interval can be trusted."
+    if (n := results.test.n_patients_with_event) < MIN_EVENTS: return f"Of the test patients only {hide_small(n)} have the event; with fewer than {MIN_EVENTS} no interval can be trusted."
     there = {c.arm for c in results.cells if c.n_labels == largest}
     if missing := [arm for arm in arms if arm not in there]: return f"There is no arm {' and no arm '.join(repr(arm) for arm in missing)} with {largest:,} labelled patients."
     if leaking := [arm for arm in arms if any(c.leak for c in results.cells if c.arm == arm)]: return f"The leak checks found something in {' and '.join(repr(arm) for arm in leaking)}, and scores of an arm that looks ahead are worth nothing."
@@ -153,7 +154,7 @@ def decide_hypotheses(
         except ValueError as error: verdicts.append(_undecided(*question, f"{error}."))  # a score without an interval
     return verdicts
 
-# %% ../nbs/17da_hypotheses.ipynb #1f13d218
+# %% ../nbs/17da_hypotheses.ipynb #d749b7fc
 def _surely_above(scores: BenchmarkScores, first: str, second: str, n_labels: int) -> Difference | None:
     "The difference of C if its interval lies above 0."
     try: d = scores.difference(first, second, n_labels)
@@ -180,7 +181,7 @@ def red_flags(
 ) -> list: # of sentences; empty if there is nothing
     "What a reader must know before anything else."
     results, flags = scores.results, _flagged_arms(scores)
-    if (n := results.test.n_patients_with_event) < MIN_EVENTS: flags.insert(0, f"Only {n} test patients have the event. With fewer than {MIN_EVENTS} nothing is decided.")
+    if (n := results.test.n_patients_with_event) < MIN_EVENTS: flags.insert(0, f"Only {hide_small(n)} test patients have the event. With fewer than {MIN_EVENTS} nothing is decided.")
     if len(results.seeds) == 1: flags.append("There is one seed, so intervals do not cover what another seed would have given.")
     there = {c.key for c in results.cells}
     planned = [(arm, n, s) for n in results.sizes for arm in results.arms for s in results.seeds]

@@ -32,6 +32,7 @@ from .oracle import oracle_risk
 from .outcomes import VisitLabels
 from .provenance import collect_provenance
 from .report import write_report
+from .run_figures import hide_small
 from .sequences import SequenceStore, load_sequences
 from .steps import make_accelerator
 
@@ -283,7 +284,7 @@ def _about(config, cohort, arms, work, sizes, command):
     facts = {a.name: {"kind": a.kind, "what": a.about, "pretrained": a.pretrained, "settings_tried": config.trials if a.kind != "network" or a.name in tuned else 1} | ({"chosen": tuned[a.name]["setting"]} if a.name in tuned else {}) for a in arms.values()}
     pretraining = [{"seed": s} | json.loads((work/Job("pretrain", seed=s).file/COSTS).read_text(encoding="utf-8")) for s in range(config.n_seeds) if any(a.pretrained for a in arms.values())]
     return {"title": f"{name[:1].upper()}{name[1:]}: who, within {years}?", "question": f"For whom of the patients who are still free of it comes {name} within {years} of a visit?", "source": _source_name(config), "outcome": config.outcome, "horizon_years": config.horizon_years,
-            "preset": config.preset, "command": command or describe_command(config), "settings": json.loads(json.dumps(settings)), "summary": [[k, v] for k, v in cohort.summary["value"].items()], "notes": list(cohort.table.notes), "flow": [[k.strip(), int(v)] for k, v in cohort.labels.flow["patients"].items()],
+            "preset": config.preset, "command": command or describe_command(config), "settings": json.loads(json.dumps(settings)), "summary": [[k, str(hide_small(int(v))) if v.isdigit() else v] for k, v in cohort.summary["value"].items()], "notes": list(cohort.table.notes), "flow": [[k.strip(), int(v)] for k, v in cohort.labels.flow["patients"].items()],
             "split": split, "vocabulary": len(cohort.store.vocabulary), "arms": facts, "pretraining": pretraining, "provenance": collect_provenance(config.seed), "limits": _SIMULATED if cohort.truth else [], "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
 # %% ../nbs/18_benchmark.ipynb #f3bbcca1

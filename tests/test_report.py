@@ -170,8 +170,8 @@ def test_a_leak_stands_on_the_first_screen(tmp_path):
         if c.arm == "time machine": c.leak = "risks moved by 0.3"
     found = write(tmp_path / "r", leaking)
     html, markdown, said = found["report.html"].decode(), found["report.md"].decode(), json.loads(found["results.json"])
-    assert 'class="box flags"' in html and html.index("time machine looks ahead") < min(html.index("<table>"), html.index("For comparison"))
-    assert markdown.index("time machine looks ahead") < markdown.index("C-index") and not said["checked"]
+    assert 'class="box flags"' in html and html.index("time machine&#34; looks ahead") < min(html.index("<table>"), html.index("For comparison"))
+    assert markdown.index('"time machine" looks ahead') < markdown.index("C-index") and not said["checked"]
     assert "“time machine”" not in " ".join(said["answer"])
 
 

@@ -126,7 +126,7 @@ def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
 
-
+# %% ../nbs/14_baselines.ipynb #19c9c757
 class LandmarkModel:
     "Base of the models that are fitted on features at landmarks."
     def __init__(self,

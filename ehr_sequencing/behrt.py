@@ -195,7 +195,7 @@ def grid_attention(
         return query_grid.take(layer.mix(q, k, v, allowed))
     return attend
 
-
+# %% ../nbs/06_behrt.ipynb #311b707a
 class EncoderBlock(nn.Module):
     "Attention and feed-forward layer, each after LayerNorm and with a residual connection."
     def __init__(self,

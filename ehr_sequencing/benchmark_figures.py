@@ -163,7 +163,7 @@ def _leave_room(ax, rows):
     low, high = np.nanmin(seen), np.nanmax(seen)
     ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
-
+# %% ../nbs/17e_benchmark_figures.ipynb #7462d97f
 def plot_label_efficiency(
     scores, # `BenchmarkScores`
     metric: str = "c_index", # or "brier", "integrated_brier", "gap"

@@ -34,7 +34,7 @@ PRESETS = { # how much is run
 }
 COMPARED = ("arms", "losses")
 
-
+# %% ../nbs/17g_benchmark_plan.ipynb #9c598c53
 @dataclass
 class BenchmarkConfig:
     "What a benchmark runs on and how. What is None comes from the preset. Raises `ValueError` for settings that make no sense."
@@ -153,7 +153,7 @@ def _label(config, table, say):
     split = split_patients(labels, config.seed)
     return outcome, visits, labels, np.sort(np.concatenate([split["train"], split["validation"]])), split["test"]
 
-
+# %% ../nbs/17g_benchmark_plan.ipynb #9da749cb
 def prepare_cohort(
     config: BenchmarkConfig, # what to read and how to label it
     say=print, # called with each line of the account

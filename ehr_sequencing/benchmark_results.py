@@ -88,7 +88,7 @@ def load_cell(
 # %% ../nbs/17c_benchmark_results.ipynb #3d79ade8
 KINDS = ("control", "baseline", "network", "oracle")
 
-
+# %% ../nbs/17c_benchmark_results.ipynb #50fab302
 @dataclass
 class BenchmarkResults:
     "Everything that a benchmark found out, before it is judged."

@@ -69,7 +69,7 @@ def _logit(risks):
     inside = np.clip(risks, 1e-10, 1 - 1e-10)
     return np.log(inside) - np.log1p(-inside)
 
-
+# %% ../nbs/10b_calibration.ipynb #c8ff14cf
 def slope_table(
     durations, # (n,) days, checked
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -157,7 +157,7 @@ def group_table(
     low, high = risk_interval(table.observed.to_numpy(), table.pop("error").to_numpy(), table.pop("known").to_numpy(), level)
     return table.assign(low=low, high=high)
 
-
+# %% ../nbs/10b_calibration.ipynb #a1aa9553
 def calibration_groups(
     durations, # (n,) days to event or censoring
     events, # (n,) bool: event observed
@@ -310,7 +310,7 @@ def curve_table(
     width = norm.ppf((1 + check_level(level)) / 2) * error
     return pd.DataFrame({"predicted": at, "observed": to_probability(center), "low": to_probability(center - width), "high": to_probability(center + width)})
 
-
+# %% ../nbs/10b_calibration.ipynb #d06d5733
 def curve_distances(
     durations, # (n,) days, checked
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -383,7 +383,7 @@ def draw_calibration(
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax
 
-
+# %% ../nbs/10b_calibration.ipynb #fa58a67e
 def plot_calibration(
     durations, # (n,) days to event or censoring
     events, # (n,) bool: event observed

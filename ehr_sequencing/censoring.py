@@ -49,7 +49,7 @@ def check_horizons(
     if len(late): raise ValueError(f"horizons: nobody is followed to {', '.join(f'{h:g}' for h in late[:3])} days and free of the event then; use earlier horizons")
     return horizons
 
-
+# %% ../nbs/08b_censoring.ipynb #021388db
 def check_risks(
     risks, # (n, H), or (n,) for a marker that is the same at every horizon
     n: int, # patients
@@ -112,7 +112,7 @@ def kaplan_meier(
     times, at_risk, n_events, _ = count_leaving(*check_survival(durations, events, need_event=False))
     return StepFunction(times, np.cumprod(1 - n_events / at_risk), 1.0)
 
-
+# %% ../nbs/08b_censoring.ipynb #8e7099f0
 def nelson_aalen(
     durations, # (n,) days to event or censoring
     events, # (n,) bool

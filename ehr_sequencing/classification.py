@@ -77,7 +77,7 @@ def _known(logits, labels, problem):
         raise ValueError(f"labels: expected {what}, {'NaN' if labels.is_floating_point() else MISSING} where missing; {int((known & ~allowed).sum())} of {labels.numel()} are something else")
     return known
 
-
+# %% ../nbs/07b_classification.ipynb #b4d2093c
 def classification_loss(
     logits: Tensor, # (B,) binary, (B, n_labels) multiclass or multilabel
     labels: Tensor, # (B,) or, multilabel, (B, n_labels); NaN or -100 where missing

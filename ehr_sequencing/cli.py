@@ -67,7 +67,7 @@ def read_columns(
     if not all(theirs for _, _, theirs in pairs): raise ValueError(f"columns: expected pairs such as subject_id=mrn,time=when,code=what, got {text!r}")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs} or None
 
-
+# %% ../nbs/19_cli.ipynb #6cf00c84
 @call_parse
 def ehrseq_prepare(
     source: str, # file, folder or database URL: OMOP, Synthea, MEDS or an event table
@@ -115,7 +115,7 @@ def read_sizes(
     if not all(part == "all" or part.isdecimal() for part in parts): raise ValueError(f"sizes: expected numbers such as 100,1000,all, got {text!r}")
     return tuple(part if part == "all" else int(part) for part in parts) or None
 
-
+# %% ../nbs/19_cli.ipynb #195d1414
 @call_parse
 def ehrseq_benchmark(
     source: str = None, # file, folder or database URL (OMOP, Synthea, MEDS, or a CSV event table); a synthetic cohort if absent

@@ -126,7 +126,7 @@ def _unknown_code(code, vocabulary):
     close = bins or named or difflib.get_close_matches(code, vocabulary.tokens[len(SPECIAL_TOKENS):], 5, 0.5)
     return f"code: '{code}' has no token" + (f"; near it are {', '.join(f'{t} ({vocabulary.name_of(t)})' for t in close[:5])}" if close else ", and no code is called alike")
 
-
+# %% ../nbs/16b_code_map.ipynb #9b25959c
 def nearest_codes(
     model, # as for `embedding_vectors`; or vectors (n, d), such as those of `context_vectors`
     vocabulary: Vocabulary, # n tokens
@@ -203,7 +203,7 @@ def _nearest_places(vectors, base, k):
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
     return np.where(np.isfinite(np.take_along_axis(similarity, order, 1)), order, -1)
 
-
+# %% ../nbs/16b_code_map.ipynb #58fd95a0
 def neighbour_purity(
     vectors: np.ndarray, # (n, d)
     vocabulary: Vocabulary, # n tokens
@@ -267,7 +267,7 @@ def _place_labels(ax, points, names):
         taken, written = [*taken, box.padded(1)], written + 1
     return written
 
-
+# %% ../nbs/16b_code_map.ipynb #32a2f9d2
 def plot_code_map(
     points: np.ndarray, # (n, 2) of `map_codes`
     vocabulary: Vocabulary, # n tokens

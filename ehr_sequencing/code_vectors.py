@@ -214,7 +214,7 @@ def _ids_in_file(path):
     if isinstance(model, dict): found = found | {added.get("content"): added.get("id") for added in data.get("added_tokens") or [] if isinstance(added, dict)}
     return found
 
-
+# %% ../nbs/05a_code_vectors.ipynb #1d555db1
 def _token_ids(folder, given):
     "Token -> row of a checkpoint, and the name of what said so."
     if given is None:
@@ -265,7 +265,7 @@ def _tensors(file, wanted):
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     return list(stored), stored.get(wanted)
 
-
+# %% ../nbs/05a_code_vectors.ipynb #255c31a9
 def _code_table(folder, name):
     "The table of codes of a checkpoint, and its name."
     shards = _shards(folder)

@@ -132,7 +132,7 @@ def concordance_by_weights(
         every, right = every + competing[0], right + competing[1]
     return np.divide(right, every, out=np.full(len(weights), np.nan), where=every > 0)
 
-
+# %% ../nbs/10d_competing_risks.ipynb #8a2e5a8c
 def cause_specific_uno(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -189,7 +189,7 @@ def cause_specific_brier(
     horizons, weights, cases, _ = _competing_weights(durations, event_types, horizons, train_durations, train_event_types)
     return (weights * (cases - check_risks(risks, *cases.shape, probability=True)) ** 2).mean(0)
 
-
+# %% ../nbs/10d_competing_risks.ipynb #09c9e1a2
 def cause_specific_integrated_brier(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event
@@ -239,7 +239,7 @@ def competing_calibration_curve(
     "Smooth calibration curve with a sandwich band. Raises `ValueError` as `calibration_curve`."
     return curve_table(*check_competing(durations, event_types, risks), horizon, at, knots, method, level)
 
-
+# %% ../nbs/10d_competing_risks.ipynb #6c6c2bd5
 def competing_calibration_index(
     durations, # (n,) days to the first event or censoring
     event_types, # (n,) int: 0 censored, 1 event of interest, 2 competing event

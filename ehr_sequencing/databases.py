@@ -43,7 +43,7 @@ def _duckdb_value(column, kind):
     if kind.startswith(("DATE", "TIMESTAMP")): return f"case when isfinite({column}) then {column} end"
     return f"{column}::varchar" if kind.endswith("HUGEINT") or kind == "UUID" else column
 
-
+# %% ../nbs/00ab_databases.ipynb #d926fa54
 class DuckDBTables:
     "The tables of a DuckDB file, by lower-case name."
     def __init__(self, path, schema=None):

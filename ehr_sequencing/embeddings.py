@@ -73,7 +73,7 @@ class PositionalEmbedding(nn.Module):
         "Embed positions."
         return self.embedding(positions.clamp(-1, self.max_position - 1) + 1)
 
-
+# %% ../nbs/05_embeddings.ipynb #dd040722
 class SinusoidalPositionalEncoding(nn.Module):
     "Sines and cosines of the position, in float32; no parameters, any length. Raises `ValueError` for an odd `dim`."
     def __init__(self,

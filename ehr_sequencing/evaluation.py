@@ -24,7 +24,7 @@ METRICS = WEIGHTED + FITTED + OTHERS
 OVERALL = ("mean_auc", "integrated_brier", "d_calibration_p")  # one value for all horizons
 NULL = "the same for all"  # the training patients' Kaplan-Meier (or Aalen-Johansen) risk, for comparison of Brier scores
 
-
+# %% ../nbs/10e_evaluation.ipynb #646b4b11
 def _weighted_metrics(durations, types, risks: dict, horizons, train_durations, train_types, metrics):
     "A metric of weights for `bootstrap(..., weighted=True)`: (R, n) -> (model, metric, horizon or None) -> (R,)."
     graf = censoring_weights(durations, types > 0, horizons, train_durations, train_types > 0)  # (n, H)
@@ -127,7 +127,7 @@ def _add_weighted(table: _Table, setting: tuple, metrics, groups, n_resamples, s
     for key, i in names.items(): table.attempt(*key, lambda: (whole[key], *boot.interval(i, level, method), boot.left_out(i)))
     return boot, names
 
-
+# %% ../nbs/10e_evaluation.ipynb #81ec9899
 def _add_calibration(table: _Table, setting: tuple, metrics, competing, groups, n_resamples, seed, level, method):
     "Rows of the calibration metrics."
     durations, types, risks, horizons, *_ = setting
@@ -231,7 +231,7 @@ def evaluate_survival(
     frame.attrs = {"n": len(durations), "patients": people, "events": int((types == 1).sum()), "n_resamples": n_resamples, "seed": seed, "level": level, "method": method, "omitted": table.omitted}
     return frame
 
-
+# %% ../nbs/10e_evaluation.ipynb #74e12289
 def _tidy(table: _Table, models: list, durations, types, horizons) -> pd.DataFrame:
     "The rows as a table, ordered by model, metric and horizon, with the numbers of rows and of events by the horizon."
     frame = pd.DataFrame(table.rows, columns=["model", "metric", "horizon", "value", "low", "high", "left_out"])

@@ -50,7 +50,7 @@ def column_list(
     if any(re.search(r"\d{4}", c) or c.strip().isdigit() for c in columns): return "a first line that looks like data (is the header missing?)"
     return ", ".join(columns) or "none"
 
-
+# %% ../nbs/00_events.ipynb #8a67a6aa
 def check_column_type(
     frame, # polars frame
     column, # one of `SCHEMA`, in the frame
@@ -207,7 +207,7 @@ def _visits(timed, begins):
         known=pl.col("end").cum_max().over("subject_id"),
     ).select("subject_id", "visit_index", "start", "end", "known", "n_events", "visit_key", "day_key")
 
-
+# %% ../nbs/00_events.ipynb #53be9ba3
 def _placed(timed, begins, visits):
     "The events that have content, with their visit."
     keys = ["subject_id", "visit_key", "day_key"]

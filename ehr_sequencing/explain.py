@@ -302,7 +302,7 @@ def _plot_effects(ax, tokens, effects, years):
     ax.set_yticklabels([name if len(name) <= 30 else name[:29] + "\u2026" for name in effects["name"]], fontsize=8.5)
     ax.text(1.01, -0.9, "hazard", transform=ax.get_yaxis_transform(), fontsize=8.5)
 
-
+# %% ../nbs/16c_explain.ipynb #3f683e5e
 def plot_patient(
     model: nn.Module, # a survival model
     batch: dict, # from `make_batch`

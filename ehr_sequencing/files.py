@@ -90,7 +90,7 @@ def by_lower_case(names, where):
     if repeated: raise ValueError(f"{where}: column {column_list(repeated)} is there more than once. Keep one.")
     return {n.strip().lower(): n for n in names}
 
-
+# %% ../nbs/00a_files.ipynb #a9e34719
 class Folder:
     "The tables of a folder of CSV or Parquet files, by lower-case name; a sub-folder of such files is one table in parts."
     def __init__(self, path):

@@ -96,7 +96,7 @@ def _visit_hazard_labels(labels, rows, first, n_visits, entry):
     within = {"event_times": np.minimum(times, n_visits - 1 + goes_on), "event_indicators": labels.event_indicators[rows] & (times >= 0) & (times < n_visits)}
     return within if entry is None else within | {"entry_times": entry}
 
-
+# %% ../nbs/04a_horizons.ipynb #5f6fbb80
 def attach_labels(
     batch: dict, # from `make_batch`
     store: SequenceStore, # of the batch

@@ -51,7 +51,7 @@ def _undecided(name: str, question: str, why: str) -> Verdict:
     "A verdict that could not be given."
     return Verdict(name, question, "not decided", f"Not decided. {why}", note=why)
 
-
+# %% ../nbs/17da_hypotheses.ipynb #406a45dc
 def _outcome(low: float, high: float) -> str:
     "Of a claim that a difference is above 0."
     return "supported" if low > 0 else "refuted" if high < 0 else "not decided"

@@ -118,7 +118,7 @@ def code_table(
     if len(found) != 1: raise ValueError(f"model: expected one nn.Embedding called 'code' in {type(model).__name__}, found {len(found)}. Give the table itself.")
     return next(iter(found.values()))
 
-
+# %% ../nbs/05aa_initial_codes.ipynb #f3e59dc4
 def freeze_codes(
     model: nn.Module, # a model with one table of codes, or the table itself
     rows, # ids of the tokens whose vectors stay; those frozen before no longer do
@@ -167,7 +167,7 @@ def _fitted(vectors, users, table, centre, rescale):
     if not wanted > 0: raise ValueError("model: its own vectors are zero or not finite, which is no size to bring others to. Draw them first, or use rescale=False.")
     return moved * (wanted / size), kept, wanted / size
 
-
+# %% ../nbs/05aa_initial_codes.ipynb #cc864558
 def _token_share(store, vocabulary, rows):
     "Share of a store's tokens that are among the rows."
     if store.vocabulary.tokens != vocabulary.tokens: raise ValueError("store: has another vocabulary. Give the store that the model reads.")

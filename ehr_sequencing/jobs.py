@@ -168,7 +168,7 @@ def move_into_place(
     _sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/00a_jobs.ipynb #042b4b57
 @contextlib.contextmanager
 def whole_folder(
     path, # folder to appear
@@ -293,7 +293,7 @@ def _backend(n_jobs, cluster):
     with client:
         with joblib.parallel_config("dask", client=client): yield
 
-
+# %% ../nbs/00a_jobs.ipynb #5d692dd4
 @contextlib.contextmanager
 def workers(
     n_jobs: int | None = None, # processes here; one for each core if None

@@ -175,7 +175,7 @@ def _rows_of(store, subject_ids):
     place = order[np.clip(np.searchsorted(store.subject_ids, subject_ids, sorter=order), 0, len(store) - 1)]
     return place, store.subject_ids[place] == subject_ids
 
-
+# %% ../nbs/04b_landmarks.ipynb #152da246
 def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
     "Landmarks of rows at days, of which those up to `over` are wholly known; NaT where there is no moment."
     ends, there = labels.ends, ~np.isnat(days)
@@ -260,7 +260,7 @@ def at_random_day(
     days = begin + np.random.default_rng([seed, 8]).integers(0, (end - begin).astype(int) + 1, len(store))[rows]  # a patient's day does not depend on who else is asked
     return _at_days(labels, store, rows, days, days, "no day")
 
-
+# %% ../nbs/04b_landmarks.ipynb #80726eb9
 def at_moments(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients

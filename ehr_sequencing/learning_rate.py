@@ -69,7 +69,7 @@ def learning_rate_test(
     frame = pd.DataFrame(rows, columns=["learning_rate", "loss", "excess"])
     return frame.assign(smoothed=smooth(frame["excess"]))
 
-
+# %% ../nbs/16aa_learning_rate.ipynb #accfc387
 def suggest_learning_rate(
     test: pd.DataFrame, # of `learning_rate_test`
 ) -> float: # a tenth of the rate at which the smoothed loss was lowest

@@ -197,7 +197,7 @@ def _check_target(model, name, layer):
     shared = [n for n, m in model.named_modules() if m is not layer and any(p is layer.weight for p in m._parameters.values())]
     if shared: raise ValueError(f"{what} that shares its weight with '{shared[0]}', which would change with it when merged. Leave it out.")
 
-
+# %% ../nbs/08_lora.ipynb #6c581977
 def find_targets(
     model: nn.Module, # any model
     target_modules, # name or names of linear layers, whole or the end after a dot; `*` stands for anything
@@ -255,7 +255,7 @@ def _put_on(layers, adapter, settings):
         layer.add_adapter(adapter, settings)
         layer.set_adapter((adapter,))
 
-
+# %% ../nbs/08_lora.ipynb #7dfd4a42
 def _kept_by(patterns, model):
     "Function that says whether a parameter lies in what the patterns name. Raises `ValueError` for a pattern without parameters."
     parts = lambda name: [".".join(name.split(".")[:i + 1]) for i in range(name.count(".") + 1)]

@@ -50,7 +50,7 @@ def counted_events(
         raise ValueError(f"event indicators: {int(wrong.sum())} of {int(counts.sum())} that count are neither 0 nor 1; a competing event is no event (give event_types == 1)")
     return events.bool() & counts
 
-
+# %% ../nbs/09_losses.ipynb #e080a109
 def check_steps(
     logits: Tensor, # (..., K)
     event_times: Tensor, # (...) int64
@@ -317,7 +317,7 @@ class MultiTaskLoss(NamedTuple):
     total: Tensor
     tasks: dict
 
-
+# %% ../nbs/09_losses.ipynb #908ea7f5
 class MultiTaskSurvivalLoss(nn.Module):
     "Several outcomes, each with its own loss; weights fixed, or learned as homoscedastic uncertainty (then pass this module's parameters to the optimiser too)."
     def __init__(self,

@@ -103,7 +103,7 @@ class LabelsAtVisits(ClassLabels):
 # %% ../nbs/12_lstm.ipynb #03007259
 LEVELS = ("patient", "visit")
 
-
+# %% ../nbs/12_lstm.ipynb #dda573fe
 class LSTMBaseline(SavedModel):
     """LSTM encoder, one linear layer: an answer a patient from the final state, or one at each visit.
 

@@ -165,7 +165,7 @@ def fit_med2vec(
     model.vocabulary = store.vocabulary
     return model.eval()
 
-
+# %% ../nbs/14b_med2vec.ipynb #0befe4cf
 def med2vec_codes(
     model: Med2Vec, # trained
     vocabulary: Vocabulary | None = None, # of the model; the one it was trained or saved with if None
@@ -198,7 +198,7 @@ def _history(model, half_life):
     def encode(batch): return history_vectors(model.encode_visits(batch), torch.expm1(batch["time_features"][..., 1]), batch["sequence_mask"], half_life)
     return encode
 
-
+# %% ../nbs/14b_med2vec.ipynb #4c454543
 class Med2VecFeatures:
     "Features at landmarks from Med2Vec: scaled history vectors, and age and sex. It has the methods of `LandmarkFeatures`, so any model on features takes it."
     def __init__(self,

@@ -117,7 +117,7 @@ def weighted_auc(
         if not np.any(weights): raise ValueError(f"{name}: there is none, so the area under the curve is undefined")
     return float(auc_by_weights(risks, np.atleast_2d(cases), np.atleast_2d(controls))[0])
 
-
+# %% ../nbs/10_metrics.ipynb #263d2dd3
 def cumulative_dynamic_auc(
     durations, # (n,) days to event or censoring
     events, # (n,) bool

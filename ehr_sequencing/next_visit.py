@@ -49,7 +49,7 @@ def _check_targets(targets, store):
     if targets[:N_SPECIAL].any(): raise ValueError("targets: special tokens cannot be predicted; use `target_codes`")
     return targets
 
-
+# %% ../nbs/07a_next_visit.ipynb #f64c19ef
 def _history_pairs(store, rows, first, end, keep):
     "Owner (position in `rows`), visit in the window (-1: before it, or a fact), code and number of visits of every code up to visit `end` of each history."
     begin = store.first_visit[rows]
@@ -221,7 +221,7 @@ def recall_at_k(
     "Share of a visit's targets that are among the first k. Raises `ValueError` as `hits_at_k`, and if no visit has a target."
     return _mean_hits(scores, targets, k, candidates, targets.sum(1).clamp(min=1))
 
-
+# %% ../nbs/07a_next_visit.ipynb #f8c6d3e2
 def precision_at_k(
     scores: Tensor, # (n, vocab_size), higher is more likely
     targets: Tensor, # (n, vocab_size) bool
@@ -278,7 +278,7 @@ def of_kind(
     listed[:, :N_SPECIAL] = False
     return targets & (had if kind == "repeated" else ~had if kind == "new" else True), listed
 
-
+# %% ../nbs/07a_next_visit.ipynb #177a313e
 @torch.no_grad()
 def evaluate_next_visit(
     score, # callable: batch -> (n, vocab_size), such as a model or a baseline

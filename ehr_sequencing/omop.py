@@ -97,7 +97,7 @@ def _omop_domain(account, name, concepts, pairs):
         pairs.add(pl.DataFrame({"concept_id": ids, "code": codes}).drop_nulls().filter(pl.col("concept_id") != 0))
         yield account.events(where, integer_ids(frame, "person_id", where), account.times(frame, where, *times), codes, number, visit.set(visit == 0, None), frame[ROW])
 
-
+# %% ../nbs/00c_omop.ipynb #2d4634bf
 def _omop_visits(account, concepts, listed):
     "A `Visit//...` event at the start of each visit and a `VISIT_END` at its end; adds the ids to `listed`."
     where, present = account.tables.where("visit_occurrence"), account.tables.columns("visit_occurrence")
@@ -175,7 +175,7 @@ def _omop_pieces(account, domains, pairs, listed):
     for name in domains:
         for frame in _omop_domain(account, name, concepts, pairs): yield concepts, frame
 
-
+# %% ../nbs/00c_omop.ipynb #f8c3b16d
 def _omop_events(account):
     "The reader of `omop_source`: frames of events; names, concepts and notes at the end."
     pairs, codes, visits = Distinct({"concept_id": pl.Int64, "code": pl.String}), Distinct({"code": pl.String}), Distinct({"visit_id": pl.Int64})

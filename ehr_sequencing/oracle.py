@@ -113,7 +113,7 @@ def expected_auc(
     if not pairs > 0: raise ValueError("risks: all are 0 or all are 1, so there are no cases or no controls and no AUC")
     return right / pairs
 
-
+# %% ../nbs/03a_oracle.ipynb #63880d8a
 def expected_concordance(
     risks, # (n, H) true probabilities of the event within increasing horizons
 ) -> float: # expected concordance up to the last horizon of a ranking by the risk there

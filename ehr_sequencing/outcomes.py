@@ -62,7 +62,7 @@ def _matches(part, table, known):
     if part.endswith("*"): return [c for c in known - {DEATH} if c.startswith(part[:-1])]
     return [part]
 
-
+# %% ../nbs/04_outcomes.ipynb #150d459e
 def _codes(pattern, table, name):
     "The codes of the table that a pattern means, sorted."
     present, found = table.events["code"].unique(), set()
@@ -79,7 +79,7 @@ def _codes(pattern, table, name):
 # %% ../nbs/04_outcomes.ipynb #0d88744b
 _OPTION = re.compile(r"\s+\|\s+(\w+)\s*=\s*")
 
-
+# %% ../nbs/04_outcomes.ipynb #8ca22693
 @dataclass(frozen=True)
 class Outcome:
     """An outcome: the first occurrence of any of some codes, and what else ends the time at risk.
@@ -159,7 +159,7 @@ def day_numbers(
     "One integer for a row and a day, ordered by row and then by day: to search all patients at once."
     return rows.astype(np.int64) * 2**32 + days.astype(np.int64) + 2**31
 
-
+# %% ../nbs/04_outcomes.ipynb #4061b3a4
 @dataclass
 class PatientEnds:
     "The calendar days that bound each patient's time at risk. Made by `patient_ends`."
@@ -274,7 +274,7 @@ def check_horizons(
     if not horizons or not horizons[0] > 0 or not all(a < b < math.inf for a, b in zip(horizons, (*horizons[1:], 1e99))): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
     return horizons
 
-
+# %% ../nbs/04_outcomes.ipynb #37656228
 def label_visits(
     store: SequenceStore, # visits to label
     table: EventTable, # events from which the store was built

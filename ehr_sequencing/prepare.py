@@ -183,7 +183,7 @@ def _tokens_of_shard(job):
     edges = json.loads((Path(job["work"])/"edges.json").read_text(encoding="utf-8"))
     return _frame_of_shard(job, "tokens", lambda records, training: count_tokens(records, training, edges))
 
-
+# %% ../nbs/02c_prepare.ipynb #c44e21ba
 def _tokenize_shard(job):
     "Step 5: records to rows of the store."
     work = Path(job["work"])

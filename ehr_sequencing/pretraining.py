@@ -241,7 +241,7 @@ def recommended_config(
     heads = preset(1).num_heads // 2 if objective in ("mlm", "both") else 0
     return preset(len(store.vocabulary), **{"attention": "bidirectional" if objective in ("mlm", "contrastive") else "visit_causal", "visit_heads": heads} | changes)
 
-
+# %% ../nbs/16a_pretraining.ipynb #f9b21a80
 def pretraining_model(
     store: SequenceStore, # where the patients are
     rows, # the training patients, whose frequencies it starts from
@@ -277,7 +277,7 @@ def pretraining_parts(
     torch.manual_seed(seed)
     return pretraining_model(store, train_rows, config, objective), train, validation
 
-
+# %% ../nbs/16a_pretraining.ipynb #fc2fc933
 def pretrain(
     store: SequenceStore, # where the patients are
     train_rows, # the training patients

@@ -80,7 +80,7 @@ class StageEnds(PatientEnds):
         stage = self.stage_on(rows, days)
         return ends, types, washed & (stage < self.stage_days.shape[1]) & (self.onset | (stage > 0))
 
-
+# %% ../nbs/11b_progression.ipynb #58e48d95
 def stage_ends(
     store: SequenceStore, # its rows are the patients
     table: EventTable, # events from which the store was built

@@ -88,7 +88,7 @@ def _ranking(logits, event_times, event_indicators, at_risk, form, sigma, tied_c
     if patients is not None and counts.ndim == 2: patients = patients.repeat_interleave(counts.shape[1])  # (N,)
     return _PairwiseMean.apply(risks, times.masked_fill(~counts, -1).flatten(), indicators.flatten(), weights, patients, form, float(sigma), tied_censored, int(pairs_per_block))
 
-
+# %% ../nbs/09a_ranking.ipynb #7bf8a3f3
 def pairwise_ranking_loss(
     logits: Tensor, # (B, K) hazard logits, one sequence a patient, or (B, V, K), one a visit
     event_times: Tensor, # (B,) or (B, V) int64: step of the event or steps survived; -1 for never at risk

@@ -151,7 +151,7 @@ def meds_subjects(
     check_column_type(frame, "subject_id", _shard_name(file))
     return frame["subject_id"].cast(pl.Int64).drop_nulls().unique()
 
-
+# %% ../nbs/01_readers.ipynb #2e701c23
 def meds_splits(
     path, # folder of a MEDS data set
 ) -> pl.DataFrame | None: # `subject_id` Int64 and `split`, one of `SPLITS`, a row a subject, sorted; None if the data bring no split
@@ -291,7 +291,7 @@ def _from_pandas(series, where):
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{where}: column '{series.name}' mixes types (its dtype is {series.dtype}). Convert it first, for example with astype('string').") from None
 
-
+# %% ../nbs/01_readers.ipynb #94178cb4
 def _one_table(source):
     "Any table as a set of tables with one table."
     if isinstance(source, (pl.LazyFrame, pl.DataFrame)) or is_pandas(source) or hasattr(source, "column_names"): return _OneFrame(source)
@@ -391,7 +391,7 @@ def _format_below(path):
             if kind: return folder.relative_to(path).as_posix(), kind
     return None
 
-
+# %% ../nbs/01_readers.ipynb #850203cc
 def detect_format(
     path, # file, folder, or URL of a database
 ) -> str: # one of `FORMATS`

@@ -47,7 +47,7 @@ def _along(history):
     if all("step" in row for row in history): return [row["step"] for row in history], "optimiser step"
     return list(range(1, len(history) + 1)), "evaluation"
 
-
+# %% ../nbs/16e_run_figures.ipynb #73856aec
 def plot_run_history(
     history: list, # rows, one an evaluation
     metric: str = "loss", # "loss", or a column
@@ -174,7 +174,7 @@ def _hidden_cells(counts, small):
         if row.sum() == 1 and len(others): row[others[np.argmin(cells[others])]] = True
     return hidden
 
-
+# %% ../nbs/16e_run_figures.ipynb #5d940d2d
 def plot_run_confusion(
     table: pd.DataFrame, # of `confusion_table`
     ax=None, # matplotlib axes; new ones if None

@@ -71,7 +71,7 @@ class RunSettings:
 
     def __post_init__(self): check_run(self)
 
-
+# %% ../nbs/17b_runs.ipynb #49dc5557
 def check_run(
     settings: RunSettings, # of any kind
 ):
@@ -355,7 +355,7 @@ def _stage_answers(model, store, labels, marks, more, **options):
     names = ["none", *(f"stage {k}" for k in range(1, model.n_stages + 1))]
     return share_metrics({"stage_accuracy": right}, marks.rows, **options), confusion_table(labels.future_stages[at][known], said[known], names) if known.any() else None
 
-
+# %% ../nbs/17b_runs.ipynb #32dcc232
 def _yes_no(settings, task, store, labels, rows, model, marks, risks, ask, options):
     "Accuracy of yes and no where that is known, which was taken for which, and the threshold."
     validation = task.landmarks(store, labels, rows["validation"])
@@ -410,7 +410,7 @@ def _tell_loaded(loaded, say):
     known, new = len(loaded.codes_kept or ()), len(loaded.codes_new or ())
     if known < new: say(f"  note: only {known:,} of {known + new:,} codes are known to the pre-trained model; the others begin at random. Was it trained on records of another coding system?")
 
-
+# %% ../nbs/17b_runs.ipynb #081da3f6
 def finetune_run(
     settings: FinetuneSettings, # what to do
     say=print, # called with each line of the account

@@ -97,7 +97,7 @@ def check_finite(
         raise ValueError(f"model: {int((~finite).sum()):,} of {tensor.numel():,} numbers of the tensor '{name}' are NaN or infinite, so nothing was saved and what was there before is as it was. Training has diverged: "
                          "go back to the last good checkpoint, and lower the learning rate or look for a batch with extreme values.")
 
-
+# %% ../nbs/05b_saved_models.ipynb #b8b9a86a
 def write_tensors(
     path, # file to write
     tensors: dict, # name -> tensor on the CPU
@@ -249,7 +249,7 @@ def _check_names(model, tensors, source, part, added, path):
     if more: raise ValueError(f"{path}: has '{more[0]}' of an adapter, for which a {what} of these settings has no place ({len(more)} in all). Merge the adapters into the weights before saving: merge_lora(model, remove=True).")
     if surplus: raise ValueError(f"{path}: has the tensor '{surplus[0]}', for which a {what} of these settings has no place ({len(surplus)} in all). It holds another architecture.")
 
-
+# %% ../nbs/05b_saved_models.ipynb #a30263e2
 @torch.no_grad()
 def _fill(model, tensors, source, old, new, path):
     "Copy tensors into a model, those with a row a token by code if there are two vocabularies. Raises `ValueError` for shapes that differ."
@@ -299,7 +299,7 @@ def _place_codes(known, vocabulary, settings, folder):
         raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model in {folder} {size:,}; it was saved without its vocabulary, so rows cannot be matched by code. Save it again with save_pretrained(folder, vocabulary).")
     settings["config"] = settings["config"] | {"vocab_size": len(vocabulary)}
 
-
+# %% ../nbs/05b_saved_models.ipynb #d28c5716
 def _load(model_class, folder, vocabulary, changes):
     "What `SavedModel.from_pretrained` does, step by step."
     _check_vocabulary(vocabulary)

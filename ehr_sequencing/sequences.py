@@ -47,7 +47,7 @@ def _list_array(column, values, offsets):
     flat = pa.Array.from_buffers(kind.value_type, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
     return pa.LargeListArray.from_arrays(pa.array(offsets, type=pa.int64()), flat)
 
-
+# %% ../nbs/02_sequences.ipynb #710374bc
 def tokenize_records(
     records: Records, # a shard
     vocabulary: Vocabulary, # with the same exclusions and roll-up
@@ -291,7 +291,7 @@ def _counts(store):
     return {"patients": len(store), "visits": len(store.visit_starts), "tokens": len(store.tokens), "vocabulary": len(store.vocabulary),
             "unknown_tokens": int((store.tokens == UNK).sum()), "splits": {name: int((store.splits == i).sum()) for i, name in enumerate(SPLITS)}}
 
-
+# %% ../nbs/02_sequences.ipynb #d14ecdd0
 def write_store(
     folder, # existing folder
     blocks, # tables with the columns of a store
@@ -389,7 +389,7 @@ def describe_store(
     import pandas as pd  # a process that works on a shard does not need it
     return pd.DataFrame.from_dict(rows, orient="index", columns=["total", "mean", *names])
 
-
+# %% ../nbs/02_sequences.ipynb #d1c17a35
 def plot_store(
     store: SequenceStore, # what to draw
     axes=None, # four matplotlib axes; new ones if None

@@ -71,7 +71,7 @@ def _patient_days(labels, days):
     if days.dtype.kind != "M": raise TypeError(f"days: expected datetime64 values, got {days.dtype}")
     return days.astype("datetime64[D]")
 
-
+# %% ../nbs/04c_splits.ipynb #ce645d8a
 def split_dates(
     labels: VisitLabels, # of the patients
     fractions=(0.6, 0.15, 0.25), # training, validation, test

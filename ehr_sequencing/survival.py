@@ -47,7 +47,7 @@ def _log_survival(logits, edges, days):
     before, after = (at_edges.gather(-1, i.expand(shape)) for i in (bins - 1, bins))  # (..., H)
     return before + share * (after - before)
 
-
+# %% ../nbs/11_survival.ipynb #b97c52c1
 def risk_within(
     logits: Tensor, # (..., K) horizon hazard logits
     edges, # (K,) days: ends of the bins
@@ -131,7 +131,7 @@ def landmark_outputs(
         said.append(model(to_device(batch, device))[torch.from_numpy(of), torch.from_numpy(asked[order[-1]] - begin[of])].cpu())
     return torch.cat(said)[np.argsort(np.concatenate(order))[place]]
 
-
+# %% ../nbs/11_survival.ipynb #9867e666
 def _chosen_visits(sequence_mask, visits):
     "The visit of each row at which the risk is asked, (B,): the last one if None. Raises `ValueError` for places that are no visits of the row."
     last = sequence_mask.sum(1) - 1  # (B,)

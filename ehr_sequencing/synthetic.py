@@ -236,7 +236,7 @@ def check_ids(
 
 def _together(pieces, i): return np.concatenate([p[i] for p in pieces])
 
-
+# %% ../nbs/03_synthetic.ipynb #6b090b0d
 def _simulate_chunk(n, seed, chunk, years, mortality, hazard_ratio):
     "Events (polars) and truth (dict of arrays over visits) of one chunk of people, and the expected number of outcomes."
     generator = np.random.default_rng([seed, chunk, 3])
@@ -324,7 +324,7 @@ def _write_chunk(job, seed, years, mortality, hazard_ratio, folder):
     _write(frame, folder/"truth"/f"{chunk}.parquet")
     return len(events), len(frame), events.filter(pl.col("code") == OUTCOME_CODE).height
 
-
+# %% ../nbs/03_synthetic.ipynb #0e1d664c
 def write_cohort(
     folder, # to appear
     num_patients: int = 2000, # how many people

@@ -198,7 +198,7 @@ class ClassificationTask(Task):
         settings = {"shuffle": True, "max_patients": 16} if training else {}
         return BatchLoader(store, marks.rows, marks.visits, transform=ClassLabels(marks.rows, marks.visits, answers), **settings | options)
 
-
+# %% ../nbs/17ab_tasks.ipynb #300e4ac6
 def known_answers(
     landmarks: Landmarks, # n moments
     horizon: float, # days

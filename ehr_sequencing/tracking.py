@@ -211,7 +211,7 @@ def _where_it_stopped(s):
     kept = "" if s["best"] is None else f"; kept is {s['best']['where']}, {s['best']['monitor']} {_number(s['best']['value'])}"
     return f"{s['stopped']['where']}: {s['stopped']['why']}{kept}"
 
-
+# %% ../nbs/17_tracking.ipynb #98397018
 def summary_text(
     summary: dict, # as in summary.json
 ) -> str:
@@ -279,7 +279,7 @@ def _hide_host(folder):
         while (to := path.with_name(f"events.out.tfevents.{began}.run.{k}")).exists(): k += 1
         path.rename(to)
 
-
+# %% ../nbs/17_tracking.ipynb #8e42a677
 class _Elsewhere:
     "The trackers of other libraries. One that fails is dropped with a warning."
     def __init__(self, trackers, folder, name, settings, sent):
@@ -386,7 +386,7 @@ def _save_figure(path, figure):
     "A figure, or the figure of axes, as a PNG that names no software and no time."
     with whole_file(path) as partial: getattr(figure, "figure", figure).savefig(partial, format="png", dpi=120, metadata={"Software": None})
 
-
+# %% ../nbs/17_tracking.ipynb #0467b256
 class RunLog(RunFolder):
     "A run whose rows are written, and drawn, as they come."
     def _write_history(self):
@@ -630,7 +630,7 @@ class Run:
         values = ", ".join(f"{n} {_number(m['value'])}" for n, m in list(self.metrics.items())[:3])
         return f"Run '{self.name}': {self.state}, {len(self.history)} evaluations, {readable_time(self.seconds)}{', ' + values if values else ''}"
 
-
+# %% ../nbs/17_tracking.ipynb #88cb087b
 def load_run(
     folder, # experiments/NAME
 ) -> Run:

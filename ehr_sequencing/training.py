@@ -54,7 +54,7 @@ def higher_is_better(
 # %% ../nbs/16_training.ipynb #42b3952e
 MAY_CHANGE = ("device", "mixed_precision", "checkpoint_steps", "checkpoint_minutes") # settings that a resumed run may change
 
-
+# %% ../nbs/16_training.ipynb #55319eee
 @dataclass
 class TrainingSettings:
     "How to train. Raises `ValueError` for settings that make no sense."
@@ -235,7 +235,7 @@ def _frozen_rows(module):
     "Rows of tables of codes that `freeze_codes` keeps, by table."
     return {name: kept.rows.tolist() for name, m in module.named_modules() if (kept := getattr(m, "frozen_rows", None)) is not None}
 
-
+# %% ../nbs/16_training.ipynb #9d7804e7
 def _check_fits(trainer, state):
     "Raise `ValueError` for a checkpoint of another model, other settings or other data."
     where, module, remedy = trainer.checkpoints.folder, trainer.module, "Resume with the settings of the first call, or choose another folder."

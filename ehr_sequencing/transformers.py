@@ -71,7 +71,7 @@ def _run(blocks, x, attend, again):
     for block in blocks: x = checkpoint(block, x, attend, use_reentrant=False) if again else block(x, attend)
     return x
 
-
+# %% ../nbs/13_transformers.ipynb #10cd4ce6
 class HierarchicalEncoder(SavedModel):
     "A transformer over the codes of each visit, pooling, and a transformer over the visits: one vector a visit."
     config_class, encoder, vocabulary_rows = HierarchicalConfig, "", ("code.weight",)

@@ -92,7 +92,7 @@ def offsets_of(
     "Where pieces of these lengths begin, and where the last one ends."
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
-
+# %% ../nbs/01b_vocabulary.ipynb #d613763c
 def _number_codes(series, exclude, roll_up):
     "Sorted names, and the number of each code of the series; -1 for codes left out."
     found = series.unique().sort().to_list()
@@ -166,7 +166,7 @@ def add_counts(
     keys = [c for c in frame.columns if c not in ("n", "patients")]
     return frame.group_by(keys).agg(pl.col("n").sum(), pl.col("patients").sum()).sort(keys)
 
-
+# %% ../nbs/01b_vocabulary.ipynb #510c478b
 def fit_value_edges(
     counts: pl.DataFrame, # of `count_values`
     n_value_bins: int = 10, # quantile bins a code
@@ -287,7 +287,7 @@ def make_vocabulary(
     vocabulary.names = {code: name for code, name in (names or {}).items() if code in codes}
     return vocabulary
 
-
+# %% ../nbs/01b_vocabulary.ipynb #9c74ff3d
 def fit_vocabulary(
     events: pl.DataFrame, # event table
     subject_ids=None, # the training patients; everybody if None

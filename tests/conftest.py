@@ -1,10 +1,13 @@
 "What the tests share: where the development data lie, the command run as a user runs it, and checks of many calls at once."
+import os
 import shutil
 import subprocess
 import sys
 import tracemalloc
 import warnings
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core, so a thread a process; before torch is there
 
 import numpy as np
 import pytest

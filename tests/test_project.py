@@ -28,6 +28,14 @@ def test_readme_is_what_the_index_notebook_says():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme.render(), "run: python tools/readme.py"
 
 
+def test_pictures_of_the_site_are_those_of_the_stored_report():
+    picture = "plots/label_efficiency.png"
+    assert (ROOT / "nbs/images/label_efficiency.png").read_bytes() == (ROOT / "benchmarks/results/standard" / picture).read_bytes(), "run: python tools/pictures.py"
+    card = (ROOT / "nbs/images/social_card.png").read_bytes()
+    assert card[:8] == b"\x89PNG\r\n\x1a\n" and [int.from_bytes(card[i:i + 4], "big") for i in (16, 20)] == [1200, 630]
+    assert "image: images/social_card.png" in (ROOT / "_quarto.yml").read_text()
+
+
 def test_import_is_light():
     code = ("import sys, time; began = time.perf_counter(); import ehr_sequencing; spent = time.perf_counter() - began;"
             "print(spent, 'torch' in sys.modules, 'polars' in sys.modules)")
@@ -71,10 +79,3 @@ def test_import_cells_hold_nothing_else():
             statements = ast.parse(text).body
             imports = [node for statement in statements for node in ast.walk(statement) if isinstance(node, (ast.Import, ast.ImportFrom))]
             assert len(imports) in (0, len(statements)) or "nbdev_export()" in text, f"{path.name}: {text[:80]}"
-
-
-def test_docs_pipeline_processes_every_notebook():
-    "What `nbdev_docs` does before it calls Quarto."
-    subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"],
-                   cwd=ROOT, check=True, capture_output=True)
-    for path in NOTEBOOKS: assert (ROOT / "_proc" / path.relative_to(ROOT / "nbs")).is_file(), path.name

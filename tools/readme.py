@@ -20,7 +20,8 @@ def render():
         shown.append(cell)
     notebook.cells = shown
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"\]\(((?:tutorials/)?\d\d\w*\.ipynb)\)", r"](nbs/\1)", text)  # chapters and tutorials lie in nbs/
+    text = re.sub(r"\]\(((?:tutorials/)?\w+\.ipynb|images/\w+\.png)\)", r"](nbs/\1)", text)  # chapters, tutorials and pictures lie in nbs/
+    text = text.replace("https://github.com/ehr-sequencing/ehr_sequencing/blob/main/", "")  # and the rest beside the README
     text = "\n".join(line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -69,7 +69,7 @@ def check_vocabulary(
     if other is not vocabulary and (other.tokens, other.value_edges) != (vocabulary.tokens, vocabulary.value_edges):
         raise ValueError(f"landmarks: their store has another vocabulary ({len(other):,} tokens) than the model ({len(vocabulary):,}). Build the store with the vocabulary of the training store.")
 
-# %% ../nbs/04b_landmarks.ipynb #8d32b145
+# %% ../nbs/04b_landmarks.ipynb #dfc55070
 def _cut(labels, store, rows, visits, durations, types, **more):
     "Landmarks whose follow-up ends at the last horizon."
     types = np.where(durations <= labels.horizons[-1], types, 0)
@@ -80,6 +80,12 @@ def _asked_rows(labels, rows):
     "Rows as numbers; all of them if None."
     n = len(labels.n_at_risk)
     return np.arange(n) if rows is None else row_numbers(rows, n)
+
+
+def _every_visit(store, rows):
+    "Row and index of all visits of some rows, in their order."
+    lengths = store.n_visits[rows]
+    return np.repeat(rows, lengths), np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _at_visits(labels, store, rows, visits, **more):
@@ -94,10 +100,7 @@ def at_each_visit(
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # ordered by row and visit
     "A landmark at every visit at risk. Raises `ValueError` if there is none."
-    rows = np.sort(_asked_rows(labels, rows))
-    lengths = store.n_visits[rows]
-    of_row = np.repeat(rows, lengths)
-    visits = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    of_row, visits = _every_visit(store, np.sort(_asked_rows(labels, rows)))
     kept = labels.at_risk[store.first_visit[of_row] + visits]
     if not kept.any(): raise ValueError("rows: none of these patients is at risk at any visit")
     return _at_visits(labels, store, of_row[kept], visits[kept], asked=np.flatnonzero(kept),
@@ -322,15 +325,14 @@ def choose_landmarks(
     if name == "drawn" and rows is None: rows = np.flatnonzero(labels.n_at_risk)
     return function(labels, store, *words, rows=rows, **({"seed": seed} if name in ("drawn", "spaced", "window") else {}))
 
-# %% ../nbs/04b_landmarks.ipynb #a6042802
+# %% ../nbs/04b_landmarks.ipynb #cf1664b8
 def _known_days(store): return store.visit_known.astype("datetime64[D]")
 
 
 def _each_day(store, rows):
     "Rows and days, each day of a patient once."
-    lengths = store.n_visits[rows]
-    visits = np.repeat(store.first_visit[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    of_row, days = np.repeat(rows, lengths), _known_days(store)[visits]
+    of_row, visits = _every_visit(store, rows)
+    days = _known_days(store)[store.first_visit[of_row] + visits]
     new = np.concatenate([[True], (of_row[1:] != of_row[:-1]) | (days[1:] != days[:-1])])[:len(days)]
     return of_row[new], days[new]
 

@@ -287,7 +287,7 @@ def check_horizons(
     if not horizons or not horizons[0] > 0 or not all(a < b < math.inf for a, b in zip(horizons, (*horizons[1:], 1e99))): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
     return horizons
 
-# %% ../nbs/04_outcomes.ipynb #18cc73b0
+# %% ../nbs/04_outcomes.ipynb #0f6715bd
 def _stretch(at_risk, of_visit, store):
     "Number of visits at risk of each row, and the index of the first and last, -1 for none."
     found = np.flatnonzero(at_risk)
@@ -315,8 +315,8 @@ def labels_of_ends(
     event_times = np.bincount(of_visit[seen], minlength=len(store)) - 1
     labels = VisitLabels(outcome, horizons, at_risk, durations, types == 1, types, event_times, (n > 0) & (types[anchor] == 1), n, first, last, ends, None)
     labels.flow = _patient_flow(store, labels, types[anchor], n_patients)
-    if not (n > 0).any(): raise ValueError(f"outcome '{outcome}': no patient is at risk after a visit (the event comes at or before every first visit, or observation ends there).")
-    if not labels.event_indicators.any(): raise ValueError(f"outcome '{outcome}': nobody has the event after a first visit; there is nothing to learn.")
+    if not (n > 0).any(): raise ValueError(f"outcome '{outcome}': no patient is at risk after a visit (the event comes at or before every first visit, or observation ends there). Choose another outcome, or patients who are followed for longer.")
+    if not labels.event_indicators.any(): raise ValueError(f"outcome '{outcome}': nobody has the event after a first visit, so there is nothing to learn. Choose a commoner outcome, or use more patients.")
     return labels
 
 # %% ../nbs/04_outcomes.ipynb #37656228
@@ -391,7 +391,7 @@ def events_before(
     if not len(there): raise ValueError(f"date: nothing was on record before {as_day(date)}. Give a later date.")
     return replace(table, events=sort_events(events.filter(pl.col("subject_id").is_in(there.implode()))))
 
-# %% ../nbs/04_outcomes.ipynb #334adf71
+# %% ../nbs/04_outcomes.ipynb #660edbdd
 def _flow_boxes(flow):
     "Main boxes, each with the text of the box of exclusions before it."
     unit, boxes, excluded = flow.columns[0], [], []
@@ -406,8 +406,8 @@ def _flow_boxes(flow):
 def plot_flow(
     flow: pd.DataFrame, # from `flow_frame`, such as the `flow` of labels or of landmarks
     ax=None, # matplotlib axes; new ones if None
-):
-    "Draw a flow table: totals down the middle, exclusions (those that happened) to the side. Returns the axes. Raises `ValueError` if the frame is no flow table."
+): # -> the axes
+    "Draw a flow table: totals down the middle, exclusions (those that happened) to the side. Raises `ValueError` if the frame is no flow table."
     import matplotlib.pyplot as plt
     if "kind" not in flow.columns or len(flow) == 0 or flow["kind"].iloc[0] != "total": raise ValueError("flow: expected a flow table that begins with a total, as `label_visits` and the landmarks make them")
     boxes = [("\n".join(main), f"excluded (n = {sum(n for n, _ in out):,})\n" + "\n".join(line for _, line in out) if out else "") for main, out in _flow_boxes(flow)]

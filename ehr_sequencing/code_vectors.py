@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from .files import scan_file
 from .jobs import whole_file
 
-# %% ../nbs/05a_code_vectors.ipynb #a04726e4
+# %% ../nbs/05a_code_vectors.ipynb #376054db
 def _check_rows(codes, vectors, where):
     "Raise `ValueError` for codes that are no text or repeat, and for rows that are not finite; `where(i)` says where row i comes from."
     first = {}
@@ -56,7 +56,9 @@ class CodeVectors:
     def __getitem__(self, code): return self.vectors[self.index[code]]  # (dim,); raises `KeyError`
     def __repr__(self): return f"CodeVectors: {len(self):,} codes, {self.vectors.shape[1]} numbers each, from {self.source}"
 
-    def save(self, path): # new `.npz` file
+    def save(self,
+        path, # new `.npz` file
+    ):
         "Write codes and vectors for `vectors_from_npz`; the file appears whole or not at all."
         with whole_file(path) as partial, open(partial, "wb") as handle: np.savez(handle, codes=np.array(self.codes), vectors=self.vectors)
 
@@ -265,7 +267,7 @@ def _tensors(file, wanted):
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     return list(stored), stored.get(wanted)
 
-# %% ../nbs/05a_code_vectors.ipynb #255c31a9
+# %% ../nbs/05a_code_vectors.ipynb #af3c0e3c
 def _code_table(folder, name):
     "The table of codes of a checkpoint, and its name."
     shards = _shards(folder)
@@ -280,7 +282,17 @@ def _code_table(folder, name):
     if not isinstance(table, torch.Tensor) or table.ndim != 2 or not table.is_floating_point(): raise ValueError(f"{file.name}: tensor '{found[0]}' must be a table of numbers, got {getattr(table, 'dtype', type(table).__name__)} of shape {tuple(getattr(table, 'shape', ()))}. Name another with tensor=.")
     return table.float().numpy(), found[0]
 
-# %% ../nbs/05a_code_vectors.ipynb #1bf9fea2
+
+def _check_together(config, ids, said, table, name, widths):
+    "Raise `ValueError` where settings, tokenizer's file and table are of different sizes; `widths`: also compare the length of the vectors."
+    sizes = {"vocab_size": len(table)} | {key: table.shape[1] for key in ("embedding_size", "hidden_size", "n_embd", "d_model") if key in config and widths}
+    if "embedding_size" in sizes: sizes.pop("hidden_size", None)  # ELECTRA and ALBERT: the table is narrower than the encoder
+    for key, size in sizes.items():
+        if config.get(key, size) != size: raise ValueError(f"config.json: says {key} {config[key]}, but tensor '{name}' has shape {table.shape}. The files do not belong together.")
+    last = max(ids, key=ids.get)
+    if ids[last] >= len(table): raise ValueError(f"{said}: token '{last}' has row {ids[last]}, but tensor '{name}' has rows 0 to {len(table) - 1}. The files do not belong together.")
+
+# %% ../nbs/05a_code_vectors.ipynb #1a6468bf
 class CEHRBERTWrapper:
     "The table of codes of a checkpoint of BERT type, such as CEHR-BERT's. Made by `from_pretrained`."
     def __init__(self,
@@ -307,12 +319,7 @@ class CEHRBERTWrapper:
         if not isinstance(config, dict): raise ValueError("config.json: expected settings by name. Is the file complete?")
         ids, said = _token_ids(folder, vocabulary)
         table, name = _code_table(folder, tensor)
-        sizes = {"vocab_size": len(table)} | {key: table.shape[1] for key in ("embedding_size", "hidden_size", "n_embd", "d_model") if key in config and tensor is None}
-        if "embedding_size" in sizes: sizes.pop("hidden_size", None)  # ELECTRA and ALBERT: the table is narrower than the encoder
-        for key, size in sizes.items():
-            if config.get(key, size) != size: raise ValueError(f"config.json: says {key} {config[key]}, but tensor '{name}' has shape {table.shape}. The files do not belong together.")
-        last = max(ids, key=ids.get)
-        if ids[last] >= len(table): raise ValueError(f"{said}: token '{last}' has row {ids[last]}, but tensor '{name}' has rows 0 to {len(table) - 1}. The files do not belong together.")
+        _check_together(config, ids, said, table, name, widths=tensor is None)
         names = _read_json(folder/"concept_name_mapping.json") if (folder/"concept_name_mapping.json").is_file() else {}
         if not isinstance(names, dict): raise ValueError("concept_name_mapping.json: expected names by concept id. Is the file complete?")
         return cls(config, ids, table, folder.name, {token: name for token, name in names.items() if token in ids and isinstance(name, str)})

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/05_dropout.ipynb #04c04b61
+# %% ../nbs/05_dropout.ipynb #b0c375db
 def dropout(
     x: Tensor, # any shape
     p: float, # probability of a zero, in [0, 1)
@@ -35,8 +35,12 @@ class Dropout(nn.Module):
         if not 0 <= p < 1: raise ValueError(f"p: expected a probability in [0, 1), got {p}")
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor: # same shape
+    def forward(self,
+        x: Tensor, # any shape
+    ) -> Tensor: # same shape
         "Drop while training, pass through in evaluation."
         return dropout(x, self.p, self.training)
 
-    def extra_repr(self): return f"p={self.p}"
+    def extra_repr(self) -> str: # such as `p=0.1`
+        "What the repr of the module shows."
+        return f"p={self.p}"

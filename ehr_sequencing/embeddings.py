@@ -6,16 +6,17 @@
 __all__ = ['AgeEmbedding', 'VisitEmbedding', 'PositionalEmbedding', 'SinusoidalPositionalEncoding', 'time_features_of_tokens',
            'TimeEmbedding', 'check_tokens', 'BEHRTEmbedding']
 
-# %% ../nbs/05_embeddings.ipynb #269540d6
+# %% ../nbs/05_embeddings.ipynb #34131708
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .dropout import Dropout
 from .vocabulary import PAD
 
-# %% ../nbs/05_embeddings.ipynb #c989e853
+# %% ../nbs/05_embeddings.ipynb #294fa59a
 def _check_sizes(**sizes):
     "Raise `ValueError` for a size that is no positive whole number."
     for name, value in sizes.items():
@@ -39,11 +40,13 @@ class AgeEmbedding(nn.Module):
         smooth = 0.5 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim]  # (bins, dim)
         with torch.no_grad(): self.embedding.weight.copy_(torch.cat([smooth.mean(0, keepdim=True), smooth]))
 
-    def forward(self, ages: Tensor) -> Tensor: # (...) int64 years -> (..., dim)
-        "Embed ages; negative means unknown."
+    def forward(self,
+        ages: Tensor, # (...) int64 years, negative if unknown
+    ) -> Tensor: # (..., dim)
+        "Embed ages."
         return self.embedding(ages.clamp(-1, self.max_age).div(self.bin_years, rounding_mode="floor") + 1)  # -1 lies in bin -1, row 0
 
-# %% ../nbs/05_embeddings.ipynb #351ca7f2
+# %% ../nbs/05_embeddings.ipynb #93d30671
 class VisitEmbedding(nn.Module):
     "Alternating segment vectors: visits 0, 2, 4, ... share one, visits 1, 3, 5, ... the other. Row 0 of the table is that of no visit, and stays zero."
     def __init__(self,
@@ -54,7 +57,9 @@ class VisitEmbedding(nn.Module):
         _check_sizes(dim=dim, n_segments=n_segments)
         self.n_segments, self.embedding = n_segments, nn.Embedding(n_segments + 1, dim, padding_idx=0)
 
-    def forward(self, visit_ids: Tensor) -> Tensor: # (...) int64, -1 for no visit -> (..., dim)
+    def forward(self,
+        visit_ids: Tensor, # (...) int64, -1 for no visit
+    ) -> Tensor: # (..., dim)
         "Embed visit indices."
         return self.embedding(torch.where(visit_ids < 0, 0, visit_ids % self.n_segments + 1))
 
@@ -69,11 +74,13 @@ class PositionalEmbedding(nn.Module):
         _check_sizes(dim=dim, max_position=max_position)
         self.max_position, self.embedding = max_position, nn.Embedding(max_position + 1, dim, padding_idx=0)
 
-    def forward(self, positions: Tensor) -> Tensor: # (...) int64, -1 for none -> (..., dim)
+    def forward(self,
+        positions: Tensor, # (...) int64, -1 for none
+    ) -> Tensor: # (..., dim)
         "Embed positions."
         return self.embedding(positions.clamp(-1, self.max_position - 1) + 1)
 
-# %% ../nbs/05_embeddings.ipynb #dd040722
+# %% ../nbs/05_embeddings.ipynb #29344193
 class SinusoidalPositionalEncoding(nn.Module):
     "Sines and cosines of the position, in float32; no parameters, any length. Raises `ValueError` for an odd `dim`."
     def __init__(self,
@@ -84,7 +91,9 @@ class SinusoidalPositionalEncoding(nn.Module):
         if dim % 2: raise ValueError(f"dim: expected an even number, got {dim}")
         self.dim = dim
 
-    def forward(self, positions: Tensor) -> Tensor: # (...), -1 for none -> (..., dim)
+    def forward(self,
+        positions: Tensor, # (...), -1 for none
+    ) -> Tensor: # (..., dim) float32
         "Encode positions."
         frequencies = torch.exp(torch.arange(0, self.dim, 2, device=positions.device) * (-math.log(10000.0) / self.dim))  # (dim / 2,)
         angles = positions.unsqueeze(-1) * frequencies  # (..., dim / 2)
@@ -107,9 +116,9 @@ def time_features_of_tokens(
     features = torch.stack([gap, times], -1).clamp(min=0).log1p()  # (B, L, 2)
     return features * seen.unsqueeze(-1)
 
-# %% ../nbs/05_embeddings.ipynb #b0d6e1ae
+# %% ../nbs/05_embeddings.ipynb #72dd6c83
 class TimeEmbedding(nn.Module):
-    "A linear map of the two time features, started small (see below)."
+    "A linear map of the two time features, started small so that long times do not drown the other terms."
     def __init__(self,
         dim: int, # size of the vectors
     ):
@@ -118,7 +127,9 @@ class TimeEmbedding(nn.Module):
         self.linear = nn.Linear(2, dim, bias=False)
         nn.init.normal_(self.linear.weight, std=0.05)
 
-    def forward(self, features: Tensor) -> Tensor: # (..., 2) log1p days -> (..., dim)
+    def forward(self,
+        features: Tensor, # (..., 2) log1p days, of `time_features_of_tokens`
+    ) -> Tensor: # (..., dim)
         "Embed time features."
         return self.linear(features.to(self.linear.weight.dtype))
 
@@ -146,7 +157,7 @@ def check_tokens(
     if times is not None and not bool(times.isfinite().all()):
         raise ValueError(f"times: {int((~times.isfinite()).sum())} of {times.numel()} are not finite; give every token the day of its visit")
 
-# %% ../nbs/05_embeddings.ipynb #5c140259
+# %% ../nbs/05_embeddings.ipynb #4064c560
 class BEHRTEmbedding(nn.Module):
     "Code + age + visit + position (+ time), then LayerNorm and dropout. Raises `ValueError` for sizes that make no sense, and what `check_tokens` raises for inputs."
     def __init__(self,
@@ -171,24 +182,6 @@ class BEHRTEmbedding(nn.Module):
         with torch.no_grad():
             for layer in (self.code, self.visit.embedding): layer.weight.mul_(0.5)  # PyTorch draws them of size 1
 
-    def check(self, codes, ages, visit_ids, times):
-        "`check_tokens`; the numbers on a CPU always, elsewhere in the first batch, never while compiling."
-        compiling = torch.compiler.is_compiling()
-        check_tokens(codes, ages, visit_ids, times, self.code.num_embeddings, not compiling and (codes.device.type == "cpu" or not self.looked))
-        if not compiling: self.looked = True
-
-    def terms(self,
-        codes: Tensor, # (B, L) int64 token ids
-        ages: Tensor, # (B, L) int64 years, negative if unknown
-        visit_ids: Tensor, # (B, L) int64, -1 for no visit
-        times: Tensor | None = None, # (B, L) days since the first visit
-    ) -> dict: # name -> (B, L, dim)
-        "The vectors that are added, one by one."
-        self.check(codes, ages, visit_ids, times)
-        terms = {"code": self.code(codes), "age": self.age(ages), "visit": self.visit(visit_ids), "position": self.position_scale * self.position(visit_ids)}
-        if self.time is not None and times is not None: terms["time"] = self.time(time_features_of_tokens(times, visit_ids))
-        return terms
-
     def forward(self,
         codes: Tensor, # (B, L) int64 token ids
         ages: Tensor, # (B, L) int64 years, negative if unknown
@@ -199,3 +192,32 @@ class BEHRTEmbedding(nn.Module):
         first, *others = self.terms(codes, ages, visit_ids, times).values()
         for term in others: first = first.add_(term)  # in place: each is a tensor of its own, which its own gradient does not need
         return self.dropout(self.norm(first))
+
+# %% ../nbs/05_embeddings.ipynb #d0968e6a
+@patch
+def check(
+    self: BEHRTEmbedding,
+    codes: Tensor, # (B, L) int64 token ids
+    ages: Tensor, # (B, L) int64 years, negative if unknown
+    visit_ids: Tensor, # (B, L) int64, -1 for no visit
+    times: Tensor | None, # (B, L) days since the first visit
+):
+    "`check_tokens`; the numbers on a CPU always, elsewhere in the first batch, never while compiling."
+    compiling = torch.compiler.is_compiling()
+    check_tokens(codes, ages, visit_ids, times, self.code.num_embeddings, not compiling and (codes.device.type == "cpu" or not self.looked))
+    if not compiling: self.looked = True
+
+
+@patch
+def terms(
+    self: BEHRTEmbedding,
+    codes: Tensor, # (B, L) int64 token ids
+    ages: Tensor, # (B, L) int64 years, negative if unknown
+    visit_ids: Tensor, # (B, L) int64, -1 for no visit
+    times: Tensor | None = None, # (B, L) days since the first visit
+) -> dict: # name -> (B, L, dim)
+    "The vectors that are added, one by one."
+    self.check(codes, ages, visit_ids, times)
+    terms = {"code": self.code(codes), "age": self.age(ages), "visit": self.visit(visit_ids), "position": self.position_scale * self.position(visit_ids)}
+    if self.time is not None and times is not None: terms["time"] = self.time(time_features_of_tokens(times, visit_ids))
+    return terms

@@ -96,12 +96,11 @@ def _visit_hazard_labels(labels, rows, first, n_visits, entry):
     within = {"event_times": np.minimum(times, n_visits - 1 + goes_on), "event_indicators": labels.event_indicators[rows] & (times >= 0) & (times < n_visits)}
     return within if entry is None else within | {"entry_times": entry}
 
-# %% ../nbs/04a_horizons.ipynb #5f6fbb80
+# %% ../nbs/04a_horizons.ipynb #345e3bbe
 def attach_labels(
     batch: dict, # from `make_batch`
     store: SequenceStore, # of the batch
     labels: VisitLabels, # of the store
-    periods: bool = False, # also add `period_at_risk` and `period_events` (B, V, K), what happened in each bin
 ) -> dict: # the batch with `at_risk`, `horizon_bins`, `horizon_events`, `horizon_shares`, `visit_weights` (B, V), `event_times`, `event_indicators` (B,), `horizons` (B, K) and, of tiles, `entry_times` (B,)
     "Add labels to a batch; visits that are padding, or not new in a tile, are not at risk; padding has weight 0. `event_times` is -1 where the event lies before the window or its new visits."
     rows, first = batch["rows"].numpy(), batch["first_visits"].numpy()
@@ -115,9 +114,6 @@ def attach_labels(
     arrays = {"at_risk": at_risk, "horizon_bins": np.where(mask, bins, 0), "horizon_events": within & mask, "horizon_shares": shares,
               "visit_weights": np.where(mask, visit_weights(store, rows[:, None], index), np.float32(0)),
               "horizons": np.tile(np.array(labels.horizons, dtype=np.float32), (len(rows), 1))} | _visit_hazard_labels(labels, rows, first, mask.sum(1), new.argmax(1) if "new_visits" in batch else None)
-    if periods:
-        trials, happened = person_periods(labels.durations[visits], labels.event_types[visits], labels.horizons)
-        arrays |= {"period_at_risk": trials & at_risk[..., None], "period_events": np.where(at_risk[..., None], happened, 0)}
     return batch | {name: torch.from_numpy(a) for name, a in arrays.items()}
 
 # %% ../nbs/04a_horizons.ipynb #8f7a2186

@@ -167,14 +167,14 @@ def _fitted(vectors, users, table, centre, rescale):
     if not wanted > 0: raise ValueError("model: its own vectors are zero or not finite, which is no size to bring others to. Draw them first, or use rescale=False.")
     return moved * (wanted / size), kept, wanted / size
 
-# %% ../nbs/05aa_initial_codes.ipynb #cc864558
+# %% ../nbs/05aa_initial_codes.ipynb #62f7552b
 def _token_share(store, vocabulary, rows):
     "Share of a store's tokens that are among the rows."
     if store.vocabulary.tokens != vocabulary.tokens: raise ValueError("store: has another vocabulary. Give the store that the model reads.")
     counts = np.bincount(store.tokens, minlength=len(vocabulary))
     return float(counts[rows].sum() / max(1, counts.sum()))
 
-# %% ../nbs/05aa_initial_codes.ipynb #3784fdb2
+
 def initialise_codes(
     model: nn.Module, # a model with one table of codes, or the table itself; changed in place
     vocabulary: Vocabulary, # of the model

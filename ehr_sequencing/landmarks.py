@@ -69,7 +69,7 @@ def check_vocabulary(
     if other is not vocabulary and (other.tokens, other.value_edges) != (vocabulary.tokens, vocabulary.value_edges):
         raise ValueError(f"landmarks: their store has another vocabulary ({len(other):,} tokens) than the model ({len(vocabulary):,}). Build the store with the vocabulary of the training store.")
 
-# %% ../nbs/04b_landmarks.ipynb #8d32b145
+# %% ../nbs/04b_landmarks.ipynb #dfc55070
 def _cut(labels, store, rows, visits, durations, types, **more):
     "Landmarks whose follow-up ends at the last horizon."
     types = np.where(durations <= labels.horizons[-1], types, 0)
@@ -80,6 +80,12 @@ def _asked_rows(labels, rows):
     "Rows as numbers; all of them if None."
     n = len(labels.n_at_risk)
     return np.arange(n) if rows is None else row_numbers(rows, n)
+
+
+def _every_visit(store, rows):
+    "Row and index of all visits of some rows, in their order."
+    lengths = store.n_visits[rows]
+    return np.repeat(rows, lengths), np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _at_visits(labels, store, rows, visits, **more):
@@ -94,10 +100,7 @@ def at_each_visit(
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # ordered by row and visit
     "A landmark at every visit at risk. Raises `ValueError` if there is none."
-    rows = np.sort(_asked_rows(labels, rows))
-    lengths = store.n_visits[rows]
-    of_row = np.repeat(rows, lengths)
-    visits = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    of_row, visits = _every_visit(store, np.sort(_asked_rows(labels, rows)))
     kept = labels.at_risk[store.first_visit[of_row] + visits]
     if not kept.any(): raise ValueError("rows: none of these patients is at risk at any visit")
     return _at_visits(labels, store, of_row[kept], visits[kept], asked=np.flatnonzero(kept),
@@ -138,7 +141,7 @@ def spaced_landmarks(
     steps = [("visits at risk", len(every), "total"), ("too soon after the last visit, left out by chance", (~kept).sum(), "excluded"), ("landmarks", len(chosen), "total")]
     return replace(chosen, flow=flow_frame(steps, "moments"))
 
-# %% ../nbs/04b_landmarks.ipynb #6bfb01be
+# %% ../nbs/04b_landmarks.ipynb #33c470fa
 _DAY = np.timedelta64(1, "D")
 
 
@@ -168,12 +171,40 @@ def _sieve(checks, unknown=0):
     if not kept.any(): raise ValueError(f"no landmark is left: of {n:,} moments asked about, " + ", ".join(f"{k:,}: {reason}" for reason, k, kind in steps if kind == "excluded") + ". Ask at other moments.")
     return kept, flow_frame([*steps, ("landmarks", kept.sum(), "total")], "moments")
 
-
+# %% ../nbs/04b_landmarks.ipynb #ae096dac
 def _rows_of(store, subject_ids):
     "The row of each patient, and whether there is one."
     order = np.argsort(store.subject_ids, kind="stable")
     place = order[np.clip(np.searchsorted(store.subject_ids, subject_ids, sorter=order), 0, len(store) - 1)]
     return place, store.subject_ids[place] == subject_ids
+
+
+def _asked_moments(subject_ids, times):
+    "Ids of patients, the last day that is wholly over, and the day of each moment. Raises `ValueError` for lengths that differ, `TypeError` for other types."
+    ids, (over, days) = check_ids(subject_ids), _moment_days(times)
+    if ids.shape != days.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {days.shape}")
+    return ids, over, days
+
+
+def _check_number(number):
+    if not number >= 1 or number != int(number): raise ValueError(f"number: visits count 1, 2, 3, got {number}")
+
+
+def _day_of_date(store, rows, date):
+    "Rows and one calendar day for all of them."
+    return rows, np.full(len(rows), as_day(date))
+
+
+def _day_of_age(store, rows, years):
+    "Rows and the first days on which their patients were so old, NaT where the birth is not known."
+    if not 0 <= years <= 200: raise ValueError(f"years: expected an age of 0 to 200, got {years}")
+    return rows, store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25)
+
+
+def _day_after_first(store, rows, days):
+    "Rows and the day so many days after the first visit began."
+    if not 0 <= days <= 100_000 or days != int(days): raise ValueError(f"days: expected a whole number, 0 or more (and at most 100,000), got {days}")
+    return rows, store.visit_starts[store.first_visit[rows]].astype("datetime64[D]") + int(days)
 
 # %% ../nbs/04b_landmarks.ipynb #152da246
 def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
@@ -188,7 +219,7 @@ def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
     known = store.visit_known[store.first_visit[rows[kept]] + visits[kept]].astype("datetime64[D]")
     return _cut(labels, store, rows[kept], visits[kept], durations[kept], types[kept], elapsed=((safe[kept] - known) / _DAY).astype(np.int64), asked=np.flatnonzero(kept), flow=flow)
 
-# %% ../nbs/04b_landmarks.ipynb #31ad63a8
+# %% ../nbs/04b_landmarks.ipynb #e2cb1535
 def at_visit(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -197,7 +228,7 @@ def at_visit(
 ) -> Landmarks: # in the order of `rows`
     "A landmark at the k-th visit of everyone at risk there. Raises `ValueError` for anything but a whole number from 1 on, or if nobody is."
     rows = _asked_rows(labels, rows)
-    if not number >= 1 or number != int(number): raise ValueError(f"number: visits count 1, 2, 3, got {number}")
+    _check_number(number)
     there = store.n_visits[rows] >= number
     index = store.first_visit[rows] + np.where(there, number - 1, 0)
     kept = there & labels.at_risk[index]
@@ -215,11 +246,10 @@ def at_date(
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # in the order of `rows`
     "A landmark at one calendar date. Raises `ValueError` if it is no date, or nobody is at risk."
-    rows, days = _asked_rows(labels, rows), as_day(date)
-    days = np.full(len(rows), days)
+    rows, days = _day_of_date(store, _asked_rows(labels, rows), date)
     return _at_days(labels, store, rows, days, days, "no date")
 
-# %% ../nbs/04b_landmarks.ipynb #dbeb7e1b
+# %% ../nbs/04b_landmarks.ipynb #d6d3e380
 def at_age(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -227,9 +257,7 @@ def at_age(
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # in the order of `rows`
     "A landmark on the first day on which a patient is so old. Raises `ValueError` for an age that nobody has, or if nobody is at risk."
-    rows = _asked_rows(labels, rows)
-    if not 0 <= years <= 200: raise ValueError(f"years: expected an age of 0 to 200, got {years}")
-    days = store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25)
+    rows, days = _day_of_age(store, _asked_rows(labels, rows), years)
     return _at_days(labels, store, rows, days, days, "birth not known")
 
 
@@ -240,12 +268,10 @@ def at_elapsed(
     rows=None, # patients to ask about; all if None
 ) -> Landmarks: # in the order of `rows`
     "A landmark so many days after the first visit began. Raises `ValueError` for days that are no whole number of 0 or more, or if nobody is at risk."
-    rows = _asked_rows(labels, rows)
-    if not 0 <= days <= 100_000 or days != int(days): raise ValueError(f"days: expected a whole number, 0 or more (and at most 100,000), got {days}")
-    moments = labels.ends.first_days[rows] + int(days)
+    rows, moments = _day_after_first(store, _asked_rows(labels, rows), days)
     return _at_days(labels, store, rows, moments, moments, "no first visit")
 
-
+# %% ../nbs/04b_landmarks.ipynb #e915caf4
 def at_random_day(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -260,7 +286,7 @@ def at_random_day(
     days = begin + np.random.default_rng([seed, 8]).integers(0, (end - begin).astype(int) + 1, len(store))[rows]  # a patient's day does not depend on who else is asked
     return _at_days(labels, store, rows, days, days, "no day")
 
-# %% ../nbs/04b_landmarks.ipynb #80726eb9
+
 def at_moments(
     labels: VisitLabels, # of the store
     store: SequenceStore, # of the patients
@@ -268,8 +294,7 @@ def at_moments(
     times, # (n,) datetime64; with a clock time the day is not over, a plain day (datetime64[D], which pandas does not have) is
 ) -> Landmarks: # in the order given; `asked` says which moments they are
     "Landmarks at given moments, such as those of a label file. Patients who are not in the store are counted. Raises `ValueError` for lengths that differ or if nobody is at risk, `TypeError` for ids or times of another type."
-    ids, (over, days) = check_ids(subject_ids), _moment_days(times)
-    if ids.shape != days.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {days.shape}")
+    ids, over, days = _asked_moments(subject_ids, times)
     place, there = _rows_of(store, ids)
     marks = _at_days(labels, store, place[there], over[there], days[there], "no time", int((~there).sum()))
     return replace(marks, asked=np.flatnonzero(there)[marks.asked])
@@ -300,42 +325,29 @@ def choose_landmarks(
     if name == "drawn" and rows is None: rows = np.flatnonzero(labels.n_at_risk)
     return function(labels, store, *words, rows=rows, **({"seed": seed} if name in ("drawn", "spaced", "window") else {}))
 
-# %% ../nbs/04b_landmarks.ipynb #ec559ec8
+# %% ../nbs/04b_landmarks.ipynb #cf1664b8
 def _known_days(store): return store.visit_known.astype("datetime64[D]")
 
 
 def _each_day(store, rows):
     "Rows and days, each day of a patient once."
-    lengths = store.n_visits[rows]
-    visits = np.repeat(store.first_visit[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    of_row, days = np.repeat(rows, lengths), _known_days(store)[visits]
+    of_row, visits = _every_visit(store, rows)
+    days = _known_days(store)[store.first_visit[of_row] + visits]
     new = np.concatenate([[True], (of_row[1:] != of_row[:-1]) | (days[1:] != days[:-1])])[:len(days)]
     return of_row[new], days[new]
 
 
 def _day_of_visit(store, rows, number):
     "Rows and the days on which their k-th visit ended, NaT where there is none."
-    if number < 1: raise ValueError(f"number: visits count 1, 2, 3, got {number}")
+    _check_number(number)
     there = store.n_visits[rows] >= number
     return rows, np.where(there, _known_days(store)[store.first_visit[rows] + np.where(there, number - 1, 0)], np.datetime64("NaT"))
 
 
-def _day_of_age(store, rows, years):
-    "Rows and the first days on which their patients were so old."
-    if not 0 <= years <= 200: raise ValueError(f"years: expected an age of 0 to 200, got {years}")
-    return rows, store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25)
-
-
-def _day_after_first(store, rows, days):
-    "Rows and the day so many days after the first visit began."
-    if not 0 <= days <= 100_000: raise ValueError(f"days: expected a whole number, 0 or more (and at most 100,000), got {days}")
-    return rows, store.visit_starts[store.first_visit[rows]].astype("datetime64[D]") + days
-
-
 _DAY_RULES = {"last": (lambda store, rows: (rows, _known_days(store)[store.first_visit[rows + 1] - 1]), ()), "each": (_each_day, ()), "visit": (_day_of_visit, (int,)),
-              "date": (lambda store, rows, date: (rows, np.full(len(rows), as_day(date))), (str,)), "age": (_day_of_age, (float,)), "day": (_day_after_first, (int,))}
+              "date": (_day_of_date, (str,)), "age": (_day_of_age, (float,)), "day": (_day_after_first, (int,))}
 
-# %% ../nbs/04b_landmarks.ipynb #63798c8d
+# %% ../nbs/04b_landmarks.ipynb #d9a97883
 def _unlabelled(store, rows, over, days, unknown=0):
     "Landmarks without labels at days, of which those up to `over` are wholly known; NaT where there is no such day."
     there = ~np.isnat(days)
@@ -363,13 +375,12 @@ def unlabelled_moments(
     times, # (n,) datetime64, as in `at_moments`
 ) -> Landmarks: # in the order given; `asked` says which moments they are; durations NaN
     "Given moments, such as those of a label file, without labels. Raises as `at_moments`."
-    ids, (over, days) = check_ids(subject_ids), _moment_days(times)
-    if ids.shape != days.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {days.shape}")
+    ids, over, days = _asked_moments(subject_ids, times)
     place, there = _rows_of(store, ids)
     marks = _unlabelled(store, place[there], over[there], days[there], int((~there).sum()))
     return replace(marks, asked=np.flatnonzero(there)[marks.asked])
 
-# %% ../nbs/04b_landmarks.ipynb #fb883155
+# %% ../nbs/04b_landmarks.ipynb #a641433a
 def last_values(
     table: EventTable, # events with numeric values
     subject_ids, # (n,) patients, such as `landmarks.subject_ids`
@@ -378,10 +389,9 @@ def last_values(
 ) -> tuple: # two pandas frames (n, codes): the values; and the days from measurement to moment. NaN where nothing was measured by then
     "The last numeric value of each code on or before each moment. Raises `ValueError` for a code that has no numeric value at all, no code, lengths that differ, or a moment that is NaT, `TypeError` for codes, ids or times of another type."
     if isinstance(codes, str): raise TypeError(f"codes: expected a list of codes, got text. Write [{codes!r}]")
-    codes, ids, times = list(dict.fromkeys(codes)), check_ids(subject_ids), np.asarray(times)
+    codes, times = list(dict.fromkeys(codes)), np.asarray(times)
     if not codes: raise ValueError("codes: expected at least one")
-    over, _ = _moment_days(times)
-    if ids.shape != times.shape or ids.ndim != 1: raise ValueError(f"times: expected one for each of the subject_ids, got shapes {ids.shape} and {times.shape}")
+    ids, over, _ = _asked_moments(subject_ids, times)
     if np.isnat(over).any(): raise ValueError(f"times: {int(np.isnat(over).sum())} are no moments (NaT)")
     until = (over + _DAY).astype("datetime64[us]") - np.timedelta64(1, "us") if times.dtype == np.dtype("datetime64[D]") else times.astype("datetime64[us]")
     measured = table.events.filter(pl.col("code").is_in(codes) & pl.col("time").is_not_null() & pl.col("numeric_value").is_not_null())

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HORIZONS', 'Outcome', 'feature_exclusions', 'day_numbers', 'PatientEnds', 'patient_ends', 'VisitLabels',
-           'horizons_up_to', 'check_horizons', 'label_visits', 'labels_of_ends', 'flow_frame', 'as_day',
+           'horizons_up_to', 'check_horizons', 'labels_of_ends', 'label_visits', 'flow_frame', 'as_day',
            'events_before', 'plot_flow']
 
-# %% ../nbs/04_outcomes.ipynb #1b79742e
+# %% ../nbs/04_outcomes.ipynb #c3ba7ac9
 import datetime
 import difflib
 import math
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import polars as pl
+from fastcore.basics import patch
 
 from .events import BIRTH, DEATH, OBSERVATION_END, STRUCTURAL_CODES, VISIT_END, EventTable, follow_up, sort_events
 from .sequences import SequenceStore
@@ -76,10 +77,10 @@ def _codes(pattern, table, name):
         found |= set(matches)
     return sorted(found)
 
-# %% ../nbs/04_outcomes.ipynb #0d88744b
+# %% ../nbs/04_outcomes.ipynb #1423fd7b
 _OPTION = re.compile(r"\s+\|\s+(\w+)\s*=\s*")
 
-# %% ../nbs/04_outcomes.ipynb #8ca22693
+
 @dataclass(frozen=True)
 class Outcome:
     """An outcome: the first occurrence of any of some codes, and what else ends the time at risk.
@@ -115,22 +116,28 @@ class Outcome:
         texts = {n: "; ".join(v) if isinstance(v, tuple) else v for n, v in vars(self).items() if v not in (None, 0, "exclude")}
         return texts.pop("pattern") + "".join(f" | {n}={f'{v:g}' if n == 'washout_days' else v}" for n, v in texts.items())
 
-    def codes(self,
-        table: EventTable, # events in which the codes occur
-    ) -> list: # the codes, sorted
-        "The codes of the table that define the outcome. Raises `ValueError` if there is none for a part of the pattern."
-        return _codes(self.pattern, table, "outcome")
+# %% ../nbs/04_outcomes.ipynb #de3fb2da
+@patch
+def codes(
+    self: Outcome,
+    table: EventTable, # events in which the codes occur
+) -> list: # the codes, sorted
+    "The codes of the table that define the outcome. Raises `ValueError` if there is none for a part of the pattern."
+    return _codes(self.pattern, table, "outcome")
 
-    def ending_codes(self,
-        table: EventTable, # events in which the codes occur
-    ) -> tuple: # codes of competing events and codes that censor, each sorted
-        "The codes that end the time at risk without being the event. Raises `ValueError` if a part never occurs, or one code would mean two things."
-        event = set(self.codes(table))
-        found = {n: _codes(getattr(self, n), table, n) if getattr(self, n) else [] for n in ("competing", "censored_by")}
-        for name, taken, said in (("competing", event, "the event of interest"), ("censored_by", event, "the event of interest"), ("censored_by", set(found["competing"]), "a competing event")):
-            both = sorted(taken & set(found[name]))
-            if both: raise ValueError(f"{name}: {len(both)} of its codes, such as {both[0]}, are also {said}. Let each code mean one thing.")
-        return found["competing"], found["censored_by"]
+
+@patch
+def ending_codes(
+    self: Outcome,
+    table: EventTable, # events in which the codes occur
+) -> tuple: # codes of competing events and codes that censor, each sorted
+    "The codes that end the time at risk without being the event. Raises `ValueError` if a part never occurs, or one code would mean two things."
+    event = set(self.codes(table))
+    found = {n: _codes(getattr(self, n), table, n) if getattr(self, n) else [] for n in ("competing", "censored_by")}
+    for name, taken, said in (("competing", event, "the event of interest"), ("censored_by", event, "the event of interest"), ("censored_by", set(found["competing"]), "a competing event")):
+        both = sorted(taken & set(found[name]))
+        if both: raise ValueError(f"{name}: {len(both)} of its codes, such as {both[0]}, are also {said}. Let each code mean one thing.")
+    return found["competing"], found["censored_by"]
 
 # %% ../nbs/04_outcomes.ipynb #9041fc40
 _DEATH_WORDS = r"(?i)(^|[^a-z])(died|dead|expired|deceased|death)($|[^a-z])"
@@ -159,7 +166,7 @@ def day_numbers(
     "One integer for a row and a day, ordered by row and then by day: to search all patients at once."
     return rows.astype(np.int64) * 2**32 + days.astype(np.int64) + 2**31
 
-# %% ../nbs/04_outcomes.ipynb #4061b3a4
+# %% ../nbs/04_outcomes.ipynb #ea43384f
 @dataclass
 class PatientEnds:
     "The calendar days that bound each patient's time at risk. Made by `patient_ends`."
@@ -173,38 +180,44 @@ class PatientEnds:
     deaths: np.ndarray # (N,) bool: known to have died
     before: np.datetime64 | None = None # nothing of this day or later was used
 
-    def events_around(self,
-        rows, # (n,) rows of the store
-        days, # (n,) datetime64[D]
-    ) -> tuple: # two (n,) datetime64[D]: the last event on or before each day and the next one after it, NaT for none
-        "The events on either side of a day."
-        after = np.searchsorted(day_numbers(self.event_rows, self.event_days), day_numbers(rows, days), side="right")
-        around = []
-        for position in (after - 1, after):
-            place = np.clip(position, 0, max(len(self.event_rows) - 1, 0))
-            found = (position >= 0) & (position < len(self.event_rows)) & (self.event_rows[place] == rows if len(self.event_rows) else False)
-            around.append(np.where(found, self.event_days[place] if len(self.event_rows) else np.datetime64("NaT"), np.datetime64("NaT")))
-        return tuple(around)
-
-    def after(self,
-        rows, # (n,) rows of the store
-        days, # (n,) datetime64[D]: everything up to the end of this day is known
-    ) -> tuple: # (n,) datetime64[D]: the time at risk ends; (n,) int64 type: 0 censored, 1 event, 2 competing; (n,) bool: the washout is over
-        "How the time at risk ends, seen from the end of a day. It is over already where the end is not later than the day."
-        before, event = self.events_around(rows, days)
-        washed = days - self.first_days[rows] >= self.washout
-        if self.outcome.prevalent == "include": washed &= np.isnat(before) | (days - before >= self.washout)
-        else: event = np.where(np.isnat(before), event, before)
-        competing, censoring = self.competing_days[rows], self.censoring_days[rows]
-        first = ~np.isnat(event) & ~(event > competing) & ~(event > censoring)  # a comparison with NaT is false
-        second = ~first & ~np.isnat(competing) & ~(competing > censoring)
-        ends = np.where(first, event, np.where(second, competing, np.fmin(censoring, self.observation_ends[rows])))
-        return ends, first + 2 * second.astype(np.int64), washed
-
     @property
     def washout(self) -> np.timedelta64: # whole days, rounded up
         "The washout."
         return np.timedelta64(math.ceil(self.outcome.washout_days), "D")
+
+# %% ../nbs/04_outcomes.ipynb #66970d87
+@patch
+def events_around(
+    self: PatientEnds,
+    rows, # (n,) rows of the store
+    days, # (n,) datetime64[D]
+) -> tuple: # two (n,) datetime64[D]: the last event on or before each day and the next one after it, NaT for none
+    "The events on either side of a day."
+    after = np.searchsorted(day_numbers(self.event_rows, self.event_days), day_numbers(rows, days), side="right")
+    around = []
+    for position in (after - 1, after):
+        place = np.clip(position, 0, max(len(self.event_rows) - 1, 0))
+        found = (position >= 0) & (position < len(self.event_rows)) & (self.event_rows[place] == rows if len(self.event_rows) else False)
+        around.append(np.where(found, self.event_days[place] if len(self.event_rows) else np.datetime64("NaT"), np.datetime64("NaT")))
+    return tuple(around)
+
+# %% ../nbs/04_outcomes.ipynb #f89982df
+@patch
+def after(
+    self: PatientEnds,
+    rows, # (n,) rows of the store
+    days, # (n,) datetime64[D]: everything up to the end of this day is known
+) -> tuple: # (n,) datetime64[D]: the time at risk ends; (n,) int64 type: 0 censored, 1 event, 2 competing; (n,) bool: the washout is over
+    "How the time at risk ends, seen from the end of a day. It is over already where the end is not later than the day."
+    before, event = self.events_around(rows, days)
+    washed = days - self.first_days[rows] >= self.washout
+    if self.outcome.prevalent == "include": washed &= np.isnat(before) | (days - before >= self.washout)
+    else: event = np.where(np.isnat(before), event, before)
+    competing, censoring = self.competing_days[rows], self.censoring_days[rows]
+    first = ~np.isnat(event) & ~(event > competing) & ~(event > censoring)  # a comparison with NaT is false
+    second = ~first & ~np.isnat(competing) & ~(competing > censoring)
+    ends = np.where(first, event, np.where(second, competing, np.fmin(censoring, self.observation_ends[rows])))
+    return ends, first + 2 * second.astype(np.int64), washed
 
 # %% ../nbs/04_outcomes.ipynb #7918ffbf
 def patient_ends(
@@ -236,7 +249,7 @@ def patient_ends(
     return PatientEnds(outcome, first_days, events["row"].to_numpy().astype(np.int64), _days(events["day"].to_numpy()), first_of(competing), first_of(censoring),
                        observed, people["death"].is_not_null().to_numpy(), before)
 
-# %% ../nbs/04_outcomes.ipynb #98acce43
+# %% ../nbs/04_outcomes.ipynb #b3d775b3
 @dataclass
 class VisitLabels:
     "Labels of every visit of a store, and of every patient. Make them with `label_visits`."
@@ -254,14 +267,14 @@ class VisitLabels:
     ends: PatientEnds # the days that bound each patient's time at risk
     flow: pd.DataFrame # how many patients were left out, and why; for `plot_flow`
 
-
+# %% ../nbs/04_outcomes.ipynb #3a44a1c4
 HORIZONS = (30, 90, 180, 365, 730, 1095, 1825) # days: the usual ends of the calendar bins
 
 
 def horizons_up_to(
     last_day: float, # the last end, in days
 ) -> tuple: # increasing days
-    "The usual ends of calendar bins that come before the last one, and that."
+    "The usual ends of calendar bins before the last end, and the last end itself."
     return (*[float(d) for d in HORIZONS if d < last_day], last_day)
 
 
@@ -274,18 +287,7 @@ def check_horizons(
     if not horizons or not horizons[0] > 0 or not all(a < b < math.inf for a, b in zip(horizons, (*horizons[1:], 1e99))): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
     return horizons
 
-# %% ../nbs/04_outcomes.ipynb #37656228
-def label_visits(
-    store: SequenceStore, # visits to label
-    table: EventTable, # events from which the store was built
-    outcome: Outcome, # what is predicted
-    horizons=HORIZONS, # increasing days: ends of the calendar bins
-    before=None, # datetime.date or text such as 2015-01-01: label as one could have on that date, with nothing of that day or later
-) -> VisitLabels: # aligned with the store's visits and rows
-    "Label all visits of a store. Raises `ValueError` if no patient is at risk at any visit, or none has the event."
-    return labels_of_ends(store, patient_ends(store, table, outcome, before), horizons, table.n_patients)
-
-# %% ../nbs/04_outcomes.ipynb #18cc73b0
+# %% ../nbs/04_outcomes.ipynb #0f6715bd
 def _stretch(at_risk, of_visit, store):
     "Number of visits at risk of each row, and the index of the first and last, -1 for none."
     found = np.flatnonzero(at_risk)
@@ -313,9 +315,20 @@ def labels_of_ends(
     event_times = np.bincount(of_visit[seen], minlength=len(store)) - 1
     labels = VisitLabels(outcome, horizons, at_risk, durations, types == 1, types, event_times, (n > 0) & (types[anchor] == 1), n, first, last, ends, None)
     labels.flow = _patient_flow(store, labels, types[anchor], n_patients)
-    if not (n > 0).any(): raise ValueError(f"outcome '{outcome}': no patient is at risk after a visit (the event comes at or before every first visit, or observation ends there).")
-    if not labels.event_indicators.any(): raise ValueError(f"outcome '{outcome}': nobody has the event after a first visit; there is nothing to learn.")
+    if not (n > 0).any(): raise ValueError(f"outcome '{outcome}': no patient is at risk after a visit (the event comes at or before every first visit, or observation ends there). Choose another outcome, or patients who are followed for longer.")
+    if not labels.event_indicators.any(): raise ValueError(f"outcome '{outcome}': nobody has the event after a first visit, so there is nothing to learn. Choose a commoner outcome, or use more patients.")
     return labels
+
+# %% ../nbs/04_outcomes.ipynb #37656228
+def label_visits(
+    store: SequenceStore, # visits to label
+    table: EventTable, # events from which the store was built
+    outcome: Outcome, # what is predicted
+    horizons=HORIZONS, # increasing days: ends of the calendar bins
+    before=None, # datetime.date or text such as 2015-01-01: label as one could have on that date, with nothing of that day or later
+) -> VisitLabels: # aligned with the store's visits and rows
+    "Label all visits of a store. Raises `ValueError` if no patient is at risk at any visit, or none has the event."
+    return labels_of_ends(store, patient_ends(store, table, outcome, before), horizons, table.n_patients)
 
 # %% ../nbs/04_outcomes.ipynb #28448e02
 def flow_frame(
@@ -378,7 +391,7 @@ def events_before(
     if not len(there): raise ValueError(f"date: nothing was on record before {as_day(date)}. Give a later date.")
     return replace(table, events=sort_events(events.filter(pl.col("subject_id").is_in(there.implode()))))
 
-# %% ../nbs/04_outcomes.ipynb #334adf71
+# %% ../nbs/04_outcomes.ipynb #660edbdd
 def _flow_boxes(flow):
     "Main boxes, each with the text of the box of exclusions before it."
     unit, boxes, excluded = flow.columns[0], [], []
@@ -393,8 +406,8 @@ def _flow_boxes(flow):
 def plot_flow(
     flow: pd.DataFrame, # from `flow_frame`, such as the `flow` of labels or of landmarks
     ax=None, # matplotlib axes; new ones if None
-):
-    "Draw a flow table: totals down the middle, exclusions (those that happened) to the side. Returns the axes. Raises `ValueError` if the frame is no flow table."
+): # -> the axes
+    "Draw a flow table: totals down the middle, exclusions (those that happened) to the side. Raises `ValueError` if the frame is no flow table."
     import matplotlib.pyplot as plt
     if "kind" not in flow.columns or len(flow) == 0 or flow["kind"].iloc[0] != "total": raise ValueError("flow: expected a flow table that begins with a total, as `label_visits` and the landmarks make them")
     boxes = [("\n".join(main), f"excluded (n = {sum(n for n, _ in out):,})\n" + "\n".join(line for _, line in out) if out else "") for main, out in _flow_boxes(flow)]

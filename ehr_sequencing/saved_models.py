@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'WEIGHTS', 'CODES', 'vocabulary_moves', 'Loaded', 'tensor_digest', 'check_finite', 'write_tensors',
            'read_tensors', 'SavedModel', 'evaluating']
 
-# %% ../nbs/05b_saved_models.ipynb #18ddcb3d
+# %% ../nbs/05b_saved_models.ipynb #3b88cd73
 import contextlib
 import dataclasses
 import hashlib
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -320,7 +321,7 @@ def _load(model_class, folder, vocabulary, changes):
     model.loaded = Loaded(stored["model"], list(source), [n for n in model.state_dict() if n not in source], [n for n in tensors if n not in set(source.values())], **codes)
     return model.eval()
 
-# %% ../nbs/05b_saved_models.ipynb #4da6833e
+# %% ../nbs/05b_saved_models.ipynb #7bd422e9
 class SavedModel(nn.Module):
     """Base of the models that are saved as folders. A subclass passes the arguments of its constructor on: `super().__init__(config, name=value, ...)`, all JSON-able.
 
@@ -343,26 +344,11 @@ class SavedModel(nn.Module):
         return {"config": dataclasses.asdict(self.config), **self._settings}
 
     @classmethod
-    def from_settings(cls, settings: dict): # -> a new model
+    def from_settings(cls,
+        settings: dict, # what `settings` of a model gives
+    ): # -> a new model
         "Build from what `config.json` holds under `settings`. Raises what the constructor raises."
         return cls(**settings | {"config": cls.config_class(**settings["config"])})
-
-    def save_pretrained(self,
-        folder, # created if missing; a saved model in it is replaced, anything else is left alone
-        vocabulary: Vocabulary | None = None, # codes of the rows; `self.vocabulary` if None
-    ):
-        """Write `config.json`, `model.safetensors` and, if the codes are known, `vocabulary.json`: whole or not at all.
-
-        Raises `FileExistsError` for a folder that holds something else, `ValueError` for a vocabulary of another size and for weights that are NaN or infinite, `TypeError` for what is no vocabulary."""
-        folder, vocabulary = Path(folder).resolve(), self.vocabulary if vocabulary is None else vocabulary
-        _check_vocabulary(vocabulary)
-        _check_free(folder)
-        size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
-        if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
-        config = {"model": type(self).__name__, "config_class": type(self.config).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
-                  "vocabulary": None if vocabulary is None else _json_digest(json.loads(vocabulary.to_json())), "settings": self.settings} | ({"added": sorted(_added(self))} if _added(self) else {})
-        json.dumps(config); check_finite(tensors)  # before anything is touched
-        with whole_folder(folder, replace=True) as partial: _write(partial, config, tensors, tied, vocabulary)
 
     @classmethod
     def from_pretrained(cls,
@@ -375,6 +361,26 @@ class SavedModel(nn.Module):
         Called on a base class, it finds the class by its name. Raises `FileNotFoundError`, `ValueError` for damaged files, another architecture, unknown settings and vocabularies that cannot be matched, and `TypeError`
         for changes that name no setting and for what is no vocabulary."""
         return _load(cls, Path(folder), vocabulary, changes)
+
+# %% ../nbs/05b_saved_models.ipynb #f3e21889
+@patch
+def save_pretrained(
+    self: SavedModel,
+    folder, # created if missing; a saved model in it is replaced, anything else is left alone
+    vocabulary: Vocabulary | None = None, # codes of the rows; `self.vocabulary` if None
+):
+    """Write `config.json`, `model.safetensors` and, if the codes are known, `vocabulary.json`: whole or not at all.
+
+    Raises `FileExistsError` for a folder that holds something else, `ValueError` for a vocabulary of another size and for weights that are NaN or infinite, `TypeError` for what is no vocabulary."""
+    folder, vocabulary = Path(folder).resolve(), self.vocabulary if vocabulary is None else vocabulary
+    _check_vocabulary(vocabulary)
+    _check_free(folder)
+    size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
+    if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
+    config = {"model": type(self).__name__, "config_class": type(self.config).__name__, "version": __version__, "encoder": kind, "prefix": prefix,
+              "vocabulary": None if vocabulary is None else _json_digest(json.loads(vocabulary.to_json())), "settings": self.settings} | ({"added": sorted(_added(self))} if _added(self) else {})
+    json.dumps(config); check_finite(tensors)  # before anything is touched
+    with whole_folder(folder, replace=True) as partial: _write(partial, config, tensors, tied, vocabulary)
 
 # %% ../nbs/05b_saved_models.ipynb #4547b10b
 @contextlib.contextmanager

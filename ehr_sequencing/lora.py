@@ -118,7 +118,7 @@ def delete_adapter(self: AdapterHolder,
     del self.lora_A[adapter], self.lora_B[adapter], self.adapters[adapter]
     self.active = tuple(a for a in self.active if a != adapter)
 
-# %% ../nbs/08_lora.ipynb #40ef925f
+# %% ../nbs/08_lora.ipynb #75c0b2ee
 class LoRALinear(AdapterHolder, nn.Linear):
     "A linear layer with frozen weights and adapters beside them. Raises `ValueError` for settings that make no sense and a rank that the layer is too small for."
     def __init__(self,
@@ -150,11 +150,6 @@ class LoRALinear(AdapterHolder, nn.Linear):
             y = y + (settings.scale * F.linear(F.linear(read, A), B)).to(y.dtype)  # (..., d) -> (..., r) -> (..., o)
         return y
 
-    @property
-    def base_weight(self) -> Tensor: # (o, d)
-        "The weight without any adapter, merged or not."
-        return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged: destination[f"{prefix}weight"] = self.base_weight
@@ -163,7 +158,12 @@ class LoRALinear(AdapterHolder, nn.Linear):
         if self.merged: errors.append(f"{prefix}weight: has adapters merged into it ({', '.join(self.merged)}). Call unmerge_lora first.")
         else: super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-# %% ../nbs/08_lora.ipynb #0c8402b1
+# %% ../nbs/08_lora.ipynb #e4c3e590
+@patch(as_prop=True)
+def base_weight(self: LoRALinear) -> Tensor: # (o, d)
+    "The weight without any adapter, merged or not."
+    return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
+
 @patch
 @torch.no_grad()
 def update(self: LoRALinear,

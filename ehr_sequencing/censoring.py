@@ -72,7 +72,7 @@ def check_level(
     if not 0 < level < 1: raise ValueError(f"level: expected a share between 0 and 1, such as 0.95, got {level}")
     return float(level)
 
-# %% ../nbs/08b_censoring.ipynb #a69755f3
+# %% ../nbs/08b_censoring.ipynb #fbbb73b6
 @dataclass(frozen=True)
 class StepFunction:
     """A right-continuous step function of time: `initial` before the first of `times`, `values[j]` from `times[j]` on.
@@ -94,7 +94,7 @@ class StepFunction:
         index = np.searchsorted(self.times, at, side="left" if left_limit else "right")
         return np.concatenate([[self.initial], self.values])[index]
 
-
+# %% ../nbs/08b_censoring.ipynb #49c1c306
 def count_leaving(
     durations: np.ndarray, # (n,) as `check_survival` returns them
     events: np.ndarray, # (n,) bool

@@ -50,7 +50,7 @@ def _kept(batch, generator, code_dropout, visit_dropout):
     luckiest = torch.arange(codes.shape[1]) == luck.masked_fill(~codes, -1).argmax(1, keepdim=True)
     return torch.where(keep.any(1, keepdim=True), keep, luckiest) | (batch["attention_mask"] & ~codes)
 
-# %% ../nbs/07c_contrastive.ipynb #b3601eba
+# %% ../nbs/07c_contrastive.ipynb #a14aa384
 def _check_shares(code_dropout, visit_dropout):
     "Raise `ValueError` for probabilities outside [0, 1)."
     for name, p in (("code_dropout", code_dropout), ("visit_dropout", visit_dropout)):
@@ -70,7 +70,7 @@ def two_views(
     views = drop_tokens({name: torch.cat([batch[name]] * 2) for name in _FLAT}, keep)
     return views | ({"rows": torch.cat([batch["rows"]] * 2)} if "rows" in batch else {})
 
-
+# %% ../nbs/07c_contrastive.ipynb #015c8d99
 class TwoViews:
     "Transform of batches: two views of each history, by code and visit dropout. What is dropped depends on seed, epoch and the rows of the batch only. Raises `ValueError` for probabilities outside [0, 1)."
     def __init__(self,

@@ -133,7 +133,7 @@ def visit_softmax(
     total = e.new_zeros(n).scatter_add(0, slots, e)  # at least 1 in every slot that has a token
     return (e / total[slots]).view_as(scores).masked_fill(visit_ids < 0, 0)
 
-# %% ../nbs/07_aggregation.ipynb #7c8fe4b9
+# %% ../nbs/07_aggregation.ipynb #fdc62a0f
 class VisitPooling(nn.Module):
     """Pooling of a visit's tokens, learned if `how` is "attention": its query is zero at the start, which is the mean. Raises `ValueError` for an unknown `how`."""
     def __init__(self,
@@ -168,7 +168,10 @@ class VisitPooling(nn.Module):
     ) -> Tensor: # (..., d)
         "The same for the hierarchical layout, see `pool_codes`."
         return _as_rows(self, x, mask)
-    def extra_repr(self): return f"how={self.how!r}"
+
+    def extra_repr(self):
+        "How it pools, for the printed model."
+        return f"how={self.how!r}"
 
 # %% ../nbs/07_aggregation.ipynb #a98e6894
 _TOKEN_INPUTS = ("codes", "ages", "visit_ids", "times", "attention_mask")

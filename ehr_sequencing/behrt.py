@@ -7,7 +7,7 @@ __all__ = ['check_sizes', 'BEHRTConfig', 'visit_attention_mask', 'head_masks', '
            'grid_attention', 'EncoderBlock', 'packed_attention', 'need_keys', 'BEHRT', 'ParameterCount',
            'count_parameters']
 
-# %% ../nbs/06_behrt.ipynb #b4cf21ba
+# %% ../nbs/06_behrt.ipynb #5523d5d7
 import dataclasses
 import functools
 import json
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +36,7 @@ def check_sizes(
         if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     if not 0 <= config.dropout < 1: raise ValueError(f"dropout: expected a number in [0, 1), got {config.dropout}")
 
-# %% ../nbs/06_behrt.ipynb #065fd4d5
+# %% ../nbs/06_behrt.ipynb #8bdaf526
 @dataclass
 class BEHRTConfig:
     "Sizes of a BEHRT encoder. Raises `ValueError` for sizes that do not fit together."
@@ -66,33 +67,49 @@ class BEHRTConfig:
         if not (isinstance(self.visit_heads, int) and 0 <= self.visit_heads <= self.num_heads): raise ValueError(f"visit_heads: expected 0 to num_heads, which is {self.num_heads}, got {self.visit_heads}")
         if not 0 <= self.attention_dropout < 1: raise ValueError(f"attention_dropout: expected a number in [0, 1), got {self.attention_dropout}")
 
-    @classmethod
-    def small(cls, vocab_size: int, **changes): # -> BEHRTConfig
-        "Embedding 64, hidden 128, 2 layers."
-        return cls(vocab_size, **({"embedding_dim": 64, "hidden_size": 128, "num_layers": 2, "num_heads": 4} | changes))
-    @classmethod
-    def medium(cls, vocab_size: int, **changes): # -> BEHRTConfig
-        "Embedding 128, hidden 256, 4 layers."
-        return cls(vocab_size, **({"embedding_dim": 128, "hidden_size": 256, "num_layers": 4, "num_heads": 8} | changes))
-    @classmethod
-    def large(cls, vocab_size: int, **changes): # -> BEHRTConfig
-        "Embedding 256, hidden 512, 6 layers."
-        return cls(vocab_size, **({"embedding_dim": 256, "hidden_size": 512, "num_layers": 6, "num_heads": 8} | changes))
+# %% ../nbs/06_behrt.ipynb #f300312e
+@patch(cls_method=True)
+def small(cls: BEHRTConfig,
+    vocab_size: int, # number of tokens
+    **changes, # other fields
+): # -> BEHRTConfig
+    "Embedding 64, hidden 128, 2 layers."
+    return cls(vocab_size, **({"embedding_dim": 64, "hidden_size": 128, "num_layers": 2, "num_heads": 4} | changes))
 
-    def to_json(self) -> str: # text for `from_json`
-        "The configuration as JSON."
-        return json.dumps(dataclasses.asdict(self), indent=1)
-    @classmethod
-    def from_json(cls, text: str): # -> BEHRTConfig
-        "Read what `to_json` wrote."
-        return cls(**json.loads(text))
+@patch(cls_method=True)
+def medium(cls: BEHRTConfig,
+    vocab_size: int, # number of tokens
+    **changes, # other fields
+): # -> BEHRTConfig
+    "Embedding 128, hidden 256, 4 layers."
+    return cls(vocab_size, **({"embedding_dim": 128, "hidden_size": 256, "num_layers": 4, "num_heads": 8} | changes))
 
-# %% ../nbs/06_behrt.ipynb #7d8ef771
+@patch(cls_method=True)
+def large(cls: BEHRTConfig,
+    vocab_size: int, # number of tokens
+    **changes, # other fields
+): # -> BEHRTConfig
+    "Embedding 256, hidden 512, 6 layers."
+    return cls(vocab_size, **({"embedding_dim": 256, "hidden_size": 512, "num_layers": 6, "num_heads": 8} | changes))
+
+@patch
+def to_json(self: BEHRTConfig) -> str: # text for `from_json`
+    "The configuration as JSON."
+    return json.dumps(dataclasses.asdict(self), indent=1)
+
+@patch(cls_method=True)
+def from_json(cls: BEHRTConfig,
+    text: str, # of `to_json`
+): # -> BEHRTConfig
+    "Read what `to_json` wrote. Raises as `BEHRTConfig`."
+    return cls(**json.loads(text))
+
+# %% ../nbs/06_behrt.ipynb #b2df3dc0
 def visit_attention_mask(
     visit_ids: Tensor, # (B, L) int64, -1 for tokens of no visit
     attention_mask: Tensor, # (B, L) bool, True for real tokens
     attention: str = "visit_causal", # or "bidirectional"
-) -> Tensor: # (B, L, L) bool; [b, i, j] says whether token i may see token j
+) -> Tensor: # (B, L, L) bool; row: the token that sees, column: the token that is seen
     "Which tokens may see which. Raises `ValueError` for an unknown `attention`."
     if attention not in ("bidirectional", "visit_causal"):
         raise ValueError(f"attention: expected 'bidirectional' or 'visit_causal', got '{attention}'")
@@ -113,7 +130,7 @@ def head_masks(
     confined = torch.arange(num_heads, device=allowed.device) < visit_heads
     return torch.where(confined.view(1, -1, 1, 1), own.unsqueeze(1), allowed.unsqueeze(1))
 
-# %% ../nbs/06_behrt.ipynb #5ed8a3ea
+# %% ../nbs/06_behrt.ipynb #94739b51
 class TokenGrid:
     "Places of a (B, L) grid that hold tokens. `take` makes a list of them, `put` puts the list back."
     def __init__(self,
@@ -122,25 +139,35 @@ class TokenGrid:
         self.shape, self.index = tuple(mask.shape), mask.flatten().nonzero().squeeze(1)  # index (n,): row by row
         self.places = (mask.flatten().cumsum(0) - 1).view(mask.shape)  # (B, L) place in the list of each token
 
-    def take(self, x: Tensor) -> Tensor: # (B, L, d) -> (n, d)
+    def take(self,
+        x: Tensor, # (B, L, d)
+    ) -> Tensor: # (n, d)
         "The vectors of the tokens, as a list."
         return x.flatten(0, 1).index_select(0, self.index)
 
-    def put(self, x: Tensor) -> Tensor: # (n, d) -> (B, L, d)
+    def put(self,
+        x: Tensor, # (n, d)
+    ) -> Tensor: # (B, L, d)
         "The list back in its places; zeros elsewhere."
         return x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy(0, self.index, x).view(*self.shape, x.shape[1])
 
-
+# %% ../nbs/06_behrt.ipynb #67bf9894
 class WholeGrid:
     "A grid that is treated as if every place held a token: nothing is moved."
-    def __init__(self, mask: Tensor):
+    def __init__(self,
+        mask: Tensor, # (B, L) bool, of which only the shape counts
+    ):
         self.shape, self.places = tuple(mask.shape), torch.arange(mask.numel(), device=mask.device).view(mask.shape)
 
-    def take(self, x: Tensor) -> Tensor: # (B, L, d) -> (B * L, d)
+    def take(self,
+        x: Tensor, # (B, L, d)
+    ) -> Tensor: # (B * L, d)
         "All places as a list."
         return x.flatten(0, 1)
 
-    def put(self, x: Tensor) -> Tensor: # (B * L, d) -> (B, L, d)
+    def put(self,
+        x: Tensor, # (B * L, d)
+    ) -> Tensor: # (B, L, d)
         "The list as a grid."
         return x.view(*self.shape, x.shape[-1])
 
@@ -254,7 +281,7 @@ def packed_attention(
         return attend_flex(q, k, v, block_mask=mask).transpose(1, 2).flatten(2).squeeze(0)
     return attend
 
-# %% ../nbs/06_behrt.ipynb #423a70a9
+# %% ../nbs/06_behrt.ipynb #30918f64
 def need_keys(
     batch: dict, # of tensors
     *names: str, # keys that are needed
@@ -265,8 +292,10 @@ def need_keys(
     if missing: raise ValueError(f"batch: has no {', '.join(missing)}. {remedy}")
 
 
-def _check_places(attention_mask, positions):
-    "Raise `TypeError` or `ValueError` for a mask that is not boolean and for positions at which no token stands."
+def _check_tokens(codes, ages, visit_ids, attention_mask, positions):
+    "Raise `TypeError` or `ValueError` for shapes that differ, a mask that is not boolean and positions at which no token stands."
+    shapes = {tuple(t.shape) for t in (codes, ages, visit_ids, attention_mask)}
+    if len(shapes) > 1: raise ValueError(f"codes, ages, visit_ids, attention_mask: expected one shape (B, L), got {sorted(shapes)}")
     if attention_mask.dtype != torch.bool: raise TypeError(f"attention_mask: expected torch.bool, True for real tokens, got {attention_mask.dtype}; convert it with .bool()")
     if positions is None: return
     B, L = attention_mask.shape
@@ -293,7 +322,7 @@ def _layout(config, visit_ids, attention_mask, positions, attentions):
     of_wanted = allowed.gather(2, at[:, None, :, None].expand(-1, allowed.shape[1], -1, allowed.shape[3]))  # (B, heads or 1, M, L)
     return grid, everywhere, grid_attention(grid, of_wanted, wanted, attentions), read
 
-# %% ../nbs/06_behrt.ipynb #3e867ffc
+# %% ../nbs/06_behrt.ipynb #7e1cdfe4
 class BEHRT(SavedModel):
     "A BEHRT encoder: tokens in, one vector a token out."
     config_class, encoder, vocabulary_rows = BEHRTConfig, "", ("embedding.code.weight",)
@@ -319,9 +348,7 @@ class BEHRT(SavedModel):
         return_attention: bool = False, # return the attention weights as well
     ): # (B, L, hidden_size); with `positions` (m, hidden_size), row by row; with `return_attention` a pair: that, and for each layer (B, heads, L, L), the last one (B, heads, M, L) with `positions`
         "Encode tokens. Raises `ValueError` where shapes differ, for positions without a token, and what `check_tokens` raises; `TypeError` for other types."
-        shapes = {tuple(t.shape) for t in (codes, ages, visit_ids, attention_mask)}
-        if len(shapes) > 1: raise ValueError(f"codes, ages, visit_ids and attention_mask must have one shape (B, L), got {sorted(shapes)}")
-        _check_places(attention_mask, positions)
+        _check_tokens(codes, ages, visit_ids, attention_mask, positions)
         attentions = [] if return_attention else None
         again = self.config.gradient_checkpointing and self.training and not return_attention  # weights that are handed out are kept anyway
         grid, attend, attend_last, read = _layout(self.config, visit_ids, attention_mask, positions, attentions)
@@ -329,21 +356,22 @@ class BEHRT(SavedModel):
         for i, block in enumerate(self.blocks):
             arguments = (x, attend_last, read) if i == len(self.blocks) - 1 else (x, attend)
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
-        x = self.norm(x)
-        x = grid.put(x) if positions is None else x
+        x = grid.put(self.norm(x)) if positions is None else self.norm(x)
         return (x, attentions) if return_attention else x
-
-    def encode(self,
-        batch: dict, # from `make_batch`
-        **options, # `positions`, `return_attention`
-    ): # what `forward` returns
-        "Encode a batch. Raises `ValueError` for a batch without flat tensors, and what `forward` raises."
-        need_keys(batch, "codes", "ages", "visit_ids", "attention_mask", remedy="The encoder reads flat tensors; make the batch with layout='flat' or 'both'.")
-        return self(batch["codes"], batch["ages"], batch["visit_ids"], batch["attention_mask"], batch.get("times"), **options)
 
     def count_parameters(self) -> int: # all parameters
         "Number of parameters."
         return count_parameters(self).total
+
+# %% ../nbs/06_behrt.ipynb #7847f9b5
+@patch
+def encode(self: BEHRT,
+    batch: dict, # from `make_batch`
+    **options, # `positions`, `return_attention`
+): # what `forward` returns
+    "Encode a batch. Raises `ValueError` for a batch without flat tensors, and what `forward` raises."
+    need_keys(batch, "codes", "ages", "visit_ids", "attention_mask", remedy="The encoder reads flat tensors; make the batch with layout='flat' or 'both'.")
+    return self(batch["codes"], batch["ages"], batch["visit_ids"], batch["attention_mask"], batch.get("times"), **options)
 
 # %% ../nbs/06_behrt.ipynb #5f119626
 class ParameterCount(NamedTuple):

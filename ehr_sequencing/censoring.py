@@ -49,7 +49,7 @@ def check_horizons(
     if len(late): raise ValueError(f"horizons: nobody is followed to {', '.join(f'{h:g}' for h in late[:3])} days and free of the event then; use earlier horizons")
     return horizons
 
-# %% ../nbs/08b_censoring.ipynb #021388db
+# %% ../nbs/08b_censoring.ipynb #a6f61249
 def check_risks(
     risks, # (n, H), or (n,) for a marker that is the same at every horizon
     n: int, # patients
@@ -64,7 +64,7 @@ def check_risks(
     if probability and ((risks < 0) | (risks > 1)).any(): raise ValueError(f"risks: {int(((risks < 0) | (risks > 1)).sum())} of {risks.size} are no probabilities (expected 0 to 1)")
     return risks
 
-# %% ../nbs/08b_censoring.ipynb #a66015e2
+
 def check_level(
     level: float, # coverage of an interval
 ) -> float: # the same
@@ -72,17 +72,21 @@ def check_level(
     if not 0 < level < 1: raise ValueError(f"level: expected a share between 0 and 1, such as 0.95, got {level}")
     return float(level)
 
-# %% ../nbs/08b_censoring.ipynb #3e0fcfec
+# %% ../nbs/08b_censoring.ipynb #fbbb73b6
 @dataclass(frozen=True)
 class StepFunction:
-    """A right-continuous step function of time: `initial` before the first of `times`, `values[k]` from `times[k]` on.
+    """A right-continuous step function of time: `initial` before the first of `times`, `values[j]` from `times[j]` on.
 
-    `f(at)` is its value, `f(at, left_limit=True)` its value just before. Raises `ValueError` past the last time, unless it has reached 0 there."""
+    `f(at)` is its value, `f(at, left_limit=True)` its value just before."""
     times: np.ndarray # (m,) increasing
     values: np.ndarray # (m,)
     initial: float # before times[0]
 
-    def __call__(self, at, left_limit: bool = False) -> np.ndarray:
+    def __call__(self,
+        at, # times, of any shape
+        left_limit: bool = False, # the value just before each time
+    ) -> np.ndarray: # the shape of `at`
+        "The value at some times. Raises `ValueError` for times that are not finite, or past the last one unless the curve has reached 0."
         at = np.asarray(at, dtype=float)
         if not np.isfinite(at).all(): raise ValueError("at: expected finite times")
         past = int((at > self.times[-1]).sum())
@@ -90,7 +94,7 @@ class StepFunction:
         index = np.searchsorted(self.times, at, side="left" if left_limit else "right")
         return np.concatenate([[self.initial], self.values])[index]
 
-
+# %% ../nbs/08b_censoring.ipynb #49c1c306
 def count_leaving(
     durations: np.ndarray, # (n,) as `check_survival` returns them
     events: np.ndarray, # (n,) bool
@@ -108,16 +112,16 @@ def kaplan_meier(
     durations, # (n,) days to event or censoring
     events, # (n,) bool; all False is allowed, the curve then stays at 1
 ) -> StepFunction: # survival
-    "Probability of no event yet (Kaplan & Meier 1958)."
+    "Probability of no event yet ([Kaplan & Meier 1958](https://doi.org/10.1080/01621459.1958.10501452))."
     times, at_risk, n_events, _ = count_leaving(*check_survival(durations, events, need_event=False))
     return StepFunction(times, np.cumprod(1 - n_events / at_risk), 1.0)
 
-# %% ../nbs/08b_censoring.ipynb #8e7099f0
+# %% ../nbs/08b_censoring.ipynb #a3365b5f
 def nelson_aalen(
     durations, # (n,) days to event or censoring
     events, # (n,) bool
 ) -> StepFunction: # cumulative hazard
-    "Cumulative hazard (Nelson 1972, Aalen 1978)."
+    "Cumulative hazard ([Aalen 1978](https://doi.org/10.1214/aos/1176344247))."
     times, at_risk, n_events, _ = count_leaving(*check_survival(durations, events, need_event=False))
     return StepFunction(times, np.cumsum(n_events / at_risk), 0.0)
 
@@ -131,7 +135,7 @@ def censoring_distribution(
     staying = at_risk - n_events
     return StepFunction(times, np.cumprod(1 - np.divide(n_censored, staying, out=np.zeros(len(times)), where=staying > 0)), 1.0)
 
-# %% ../nbs/08b_censoring.ipynb #02811542
+# %% ../nbs/08b_censoring.ipynb #3e707f58
 def event_weights(
     durations, # (n,) days of the patients evaluated
     events, # (n,) bool
@@ -156,8 +160,8 @@ def censoring_weights(
     horizons, # (H,) days
     train_durations, # (m,) days of the patients on which censoring is learned
     train_events, # (m,) bool
-) -> np.ndarray: # (n, H): 1 / G(T_i) for an event by the horizon, 1 / G(h) for those followed beyond, 0 for those censored by then
-    """Weights at each horizon (Graf et al. 1999).
+) -> np.ndarray: # (n, H): 1 / G(T_i) for an event by the horizon, 1 / G(horizon) for those followed beyond, 0 for those censored by then
+    """Weights at each horizon ([Graf et al. 1999](https://doi.org/10.1002/(SICI)1097-0258(19990915/30)18:17/18%3C2529::AID-SIM274%3E3.0.CO;2-5)).
 
     Raises `ValueError` at a horizon past the follow-up of either set of patients."""
     durations, events = check_survival(durations, events, need_event=False)

@@ -18,7 +18,7 @@ from .dropout import Dropout
 from .saved_models import SavedModel, evaluating
 from .vocabulary import CLS
 
-# %% ../nbs/07b_classification.ipynb #93bcbe2c
+# %% ../nbs/07b_classification.ipynb #f9648cca
 class ClassLabels:
     "Adds `labels` to batches whose histories end at landmarks: a `transform` of `BatchLoader`. Raises `ValueError` for shapes that differ, two labels of one landmark, and rows or visits that are no indices, `TypeError` for labels that are no numbers."
     def __init__(self,
@@ -37,7 +37,9 @@ class ClassLabels:
         self.places, self.labels = places[order], labels[order].astype(np.int64 if labels.dtype.kind in "iu" else np.float32)
         if (np.diff(self.places) == 0).any(): raise ValueError("labels: two landmarks are at the same visit of the same patient; give one label for each")
 
-    def __call__(self, batch: dict) -> dict: # the batch with `labels`, (B,) or (B, n_labels)
+    def __call__(self,
+        batch: dict, # of a loader, histories cut at the landmarks
+    ) -> dict: # the batch with `labels`, (B,) or (B, n_labels)
         "Add the labels. Raises `ValueError` for a history that does not end at a landmark."
         ends = batch["first_visits"] + batch["sequence_mask"].sum(1) - 1  # (B,)
         places = (batch["rows"].numpy() << 32) + ends.numpy()
@@ -156,7 +158,7 @@ def _check_classes(n_labels, problem):
     if not isinstance(n_labels, int) or n_labels < least: raise ValueError(f"n_labels: expected an integer, at least {least} for a {problem} problem, got {n_labels!r}")
     if problem == "binary" and n_labels != 1: raise ValueError(f"n_labels: a binary problem has 1, got {n_labels}. Use problem='multiclass' for one of several, 'multilabel' for several at once.")
 
-# %% ../nbs/07b_classification.ipynb #8276956f
+# %% ../nbs/07b_classification.ipynb #709a2a1c
 class BEHRTForSequenceClassification(SavedModel):
     "BEHRT encoder, pooling, one linear layer. Give it histories that end at the landmark; `ClassLabels` sees to it."
     config_class, encoder, question, layout = BEHRTConfig, "behrt", ("n_labels", "problem"), "flat" # of the tensors that it reads; one of `batches.LAYOUTS`
@@ -176,7 +178,9 @@ class BEHRTForSequenceClassification(SavedModel):
         self.problem, self.pooling, self.class_weights = problem, pooling, class_weights
         self.behrt, self.dropout, self.head = BEHRT(config), Dropout(config.dropout), nn.Linear(config.hidden_size, n_labels)
 
-    def forward(self, batch: dict) -> Tensor: # logits: (B,) binary, (B, n_labels) otherwise
+    def forward(self,
+        batch: dict, # from `make_batch`, histories cut at the landmarks
+    ) -> Tensor: # logits: (B,) binary, (B, n_labels) otherwise
         "Logits of the histories of a batch, each read whole: cut them at the landmark."
         logits = self.head(self.dropout(encode_histories(self.behrt, batch, self.pooling)))  # (B, n_labels)
         return logits.squeeze(-1) if self.problem == "binary" else logits
@@ -189,6 +193,8 @@ class BEHRTForSequenceClassification(SavedModel):
         return classification_loss(outputs, batch["labels"], self.problem, self.class_weights)
 
     @torch.no_grad()
-    def predict_probabilities(self, batch: dict) -> Tensor: # (B,) binary, (B, n_labels) otherwise
+    def predict_probabilities(self,
+        batch: dict, # from `make_batch`, histories cut at the landmarks
+    ) -> Tensor: # (B,) binary, (B, n_labels) otherwise
         "Probabilities in evaluation mode, with the weights of the classes divided out."
         with evaluating(self): return class_probabilities(self(batch), self.problem, self.class_weights)

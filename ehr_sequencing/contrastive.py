@@ -6,7 +6,7 @@
 __all__ = ['drop_tokens', 'two_views', 'TwoViews', 'nt_xent_loss', 'alignment', 'uniformity', 'view_retrieval',
            'BEHRTForContrastive']
 
-# %% ../nbs/07c_contrastive.ipynb #6857134d
+# %% ../nbs/07c_contrastive.ipynb #d492bf62
 import math
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .aggregation import at_least_float32
 from .behrt import BEHRT, BEHRTConfig, need_keys
 from .classification import check_pooling, encode_histories
 from .saved_models import SavedModel
@@ -49,22 +50,27 @@ def _kept(batch, generator, code_dropout, visit_dropout):
     luckiest = torch.arange(codes.shape[1]) == luck.masked_fill(~codes, -1).argmax(1, keepdim=True)
     return torch.where(keep.any(1, keepdim=True), keep, luckiest) | (batch["attention_mask"] & ~codes)
 
-# %% ../nbs/07c_contrastive.ipynb #6785f1f5
+# %% ../nbs/07c_contrastive.ipynb #a14aa384
+def _check_shares(code_dropout, visit_dropout):
+    "Raise `ValueError` for probabilities outside [0, 1)."
+    for name, p in (("code_dropout", code_dropout), ("visit_dropout", visit_dropout)):
+        if not 0 <= p < 1: raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
+
+
 def two_views(
     batch: dict, # from `make_batch`, flat
     generator: np.random.Generator, # of the random numbers
     code_dropout: float = 0.2, # probability that a code of a kept visit is dropped
     visit_dropout: float = 0.2, # probability that a visit is dropped
-) -> dict: # flat tensors of 2B rows: views of row i at i and B + i; `sequence_mask`, and `rows` if the batch has them
+) -> dict: # flat tensors of 2B rows: views of row b at b and B + b; `sequence_mask`, and `rows` if the batch has them
     "Two damaged copies of each history, never empty. Raises `ValueError` for probabilities outside [0, 1) and a batch without flat tensors."
-    for name, p in (("code_dropout", code_dropout), ("visit_dropout", visit_dropout)):
-        if not 0 <= p < 1: raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
+    _check_shares(code_dropout, visit_dropout)
     need_keys(batch, *_FLAT, remedy="Views are made of flat tensors; make the batch with layout='flat' or 'both'.")
     keep = torch.cat([_kept(batch, generator, code_dropout, visit_dropout) for _ in range(2)])
     views = drop_tokens({name: torch.cat([batch[name]] * 2) for name in _FLAT}, keep)
     return views | ({"rows": torch.cat([batch["rows"]] * 2)} if "rows" in batch else {})
 
-
+# %% ../nbs/07c_contrastive.ipynb #015c8d99
 class TwoViews:
     "Transform of batches: two views of each history, by code and visit dropout. What is dropped depends on seed, epoch and the rows of the batch only. Raises `ValueError` for probabilities outside [0, 1)."
     def __init__(self,
@@ -72,11 +78,12 @@ class TwoViews:
         visit_dropout: float = 0.2, # probability that a visit is dropped
         seed: int = 0, # of the random numbers
     ):
-        for name, p in (("code_dropout", code_dropout), ("visit_dropout", visit_dropout)):
-            if not 0 <= p < 1: raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
+        _check_shares(code_dropout, visit_dropout)
         self.code_dropout, self.visit_dropout, self.seed, self.epoch = code_dropout, visit_dropout, seed, 0
 
-    def set_epoch(self, epoch: int): # the same number makes the same views
+    def set_epoch(self,
+        epoch: int, # the same number makes the same views
+    ):
         "Make other views in each epoch."
         self.epoch = epoch
 
@@ -88,12 +95,12 @@ class TwoViews:
         generator = np.random.default_rng([self.seed, self.epoch, 23, *batch["rows"].tolist()])
         return two_views(batch, generator, self.code_dropout, self.visit_dropout)
 
-# %% ../nbs/07c_contrastive.ipynb #47fb44e1
+# %% ../nbs/07c_contrastive.ipynb #4ab62413
 def _similarities(z):
     "(2B, 2B) cosines and (2B,) place of the other view. Raises `ValueError` for an odd number of rows."
-    if z.ndim != 2 or len(z) % 2: raise ValueError(f"z: expected shape (2B, p), views of patient i at i and B + i, got {tuple(z.shape)}")
-    with torch.autocast(z.device.type, enabled=False):  # cosines of two digits, divided by tau, are logits of one
-        z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
+    if z.ndim != 2 or len(z) % 2: raise ValueError(f"z: expected shape (2B, p), views of row b at b and B + b, got {tuple(z.shape)}")
+    with torch.autocast(z.device.type, enabled=False):  # cosines of two digits, divided by the temperature, are logits of one
+        z = F.normalize(at_least_float32(z), dim=1)
         cosines = z @ z.T
     return cosines, torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
@@ -107,9 +114,9 @@ def _of_others(z, patients):
 
 
 def nt_xent_loss(
-    z: Tensor, # (2B, p) vectors of the views; those of patient i at i and B + i
+    z: Tensor, # (2B, p) vectors of the views; those of row b at b and B + b
     patients: Tensor | None = None, # (2B,) ids, such as `rows`; views of the same patient do not repel each other. All different if None
-    temperature: float = 0.1, # tau, above 0
+    temperature: float = 0.1, # theta, above 0
 ) -> Tensor: # scalar, nats
     "Normalised temperature-scaled cross-entropy, a mean over views. Raises `ValueError` for one patient, a temperature of 0 or less, or shapes that do not fit."
     if not temperature > 0: raise ValueError(f"temperature: expected a number above 0, got {temperature}")
@@ -150,7 +157,7 @@ def view_retrieval(
     among = cosines.masked_fill(~others, -math.inf)
     return ((among > partner).sum(1).eq(0) / (1 + (among == partner).sum(1))).mean().item()
 
-# %% ../nbs/07c_contrastive.ipynb #f4448537
+# %% ../nbs/07c_contrastive.ipynb #7f2dd3e2
 class BEHRTForContrastive(SavedModel):
     "BEHRT encoder, pooled over the record, with a projection for NT-Xent. Batches come from `TwoViews`. Raises `ValueError` for settings that make no sense."
     config_class, encoder = BEHRTConfig, "behrt"
@@ -159,7 +166,7 @@ class BEHRTForContrastive(SavedModel):
         config: BEHRTConfig, # of the encoder
         projection_size: int = 64, # p
         pooling: str = "mean", # "mean", "max", or "cls" (bidirectional attention only)
-        temperature: float = 0.1, # tau
+        temperature: float = 0.1, # theta, of the loss
     ):
         super().__init__(config, projection_size=projection_size, pooling=pooling, temperature=temperature)
         check_pooling(pooling, config.attention)

@@ -8,7 +8,7 @@ __all__ = ['ALPHA', 'READ_RAW', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'LoRASettin
            'add_adapter', 'set_adapter', 'delete_adapter', 'merge_lora', 'unmerge_lora', 'assert_adapters_train',
            'save_lora_weights', 'LoadedAdapter', 'load_lora_weights']
 
-# %% ../nbs/08_lora.ipynb #0a0b45c5
+# %% ../nbs/08_lora.ipynb #b5676b0f
 import contextlib
 import dataclasses
 import json
@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from . import __version__
+from .aggregation import at_least_float32
 from .behrt import BEHRT, count_parameters
 from .dropout import dropout as drop
 from .jobs import whole_file, whole_folder
@@ -66,7 +68,7 @@ def _check_adapter_name(adapter):
     if not isinstance(adapter, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", adapter) or hasattr(nn.ParameterDict, adapter):
         raise ValueError(f"adapter: expected a name of letters, digits, '_' and '-' that is no method of a dictionary, got {adapter!r}")
 
-# %% ../nbs/08_lora.ipynb #81713711
+# %% ../nbs/08_lora.ipynb #e7442d40
 class AdapterHolder:
     "What a layer knows of its adapters: their settings, which of them count, which are merged into its weight. For layers that derive from `nn.Module`."
     def _begin(self):
@@ -87,32 +89,36 @@ class AdapterHolder:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[adapter], self.lora_B[adapter], self.adapters[adapter] = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False), settings
 
-    def set_adapter(self,
-        adapters: tuple, # names; those that this layer does not have are passed over
-    ):
-        "Say which adapters count. These are trained, the others are not."
-        self.active = tuple(a for a in adapters if a in self.adapters)
-        for tensors in (self.lora_A, self.lora_B):
-            for name, tensor in tensors.items():
-                tensor.requires_grad_(name in self.active and not self.merged)
-                if not tensor.requires_grad: tensor.grad = None  # an optimiser would use what is left
-
-    def delete_adapter(self,
-        adapter: str, # name
-    ):
-        "Take an adapter away. Raises `KeyError` for an unknown one."
-        del self.lora_A[adapter], self.lora_B[adapter], self.adapters[adapter]
-        self.active = tuple(a for a in self.active if a != adapter)
-
     @property
     def added_tensors(self) -> tuple: # names, as a saved model asks for them
         "Names of the adapters' tensors in this layer."
         return tuple(f"{part}.{a}" for a in self.adapters for part in ("lora_A", "lora_B"))
 
     def extra_repr(self):
+        "What a linear layer says of itself, and the adapters, for the printed model."
         return super().extra_repr() + "".join(f", {name}: rank {s.rank}{' merged' * (name in self.merged)}{' active' * (name in self.active)}" for name, s in self.adapters.items())
 
-# %% ../nbs/08_lora.ipynb #c17480ad
+# %% ../nbs/08_lora.ipynb #349a8b06
+@patch
+def set_adapter(self: AdapterHolder,
+    adapters: tuple, # names; those that this layer does not have are passed over
+):
+    "Say which adapters count. These are trained, the others are not."
+    self.active = tuple(a for a in adapters if a in self.adapters)
+    for tensors in (self.lora_A, self.lora_B):
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name in self.active and not self.merged)
+            if not tensor.requires_grad: tensor.grad = None
+
+@patch
+def delete_adapter(self: AdapterHolder,
+    adapter: str, # name
+):
+    "Take an adapter away. Raises `KeyError` for an unknown one."
+    del self.lora_A[adapter], self.lora_B[adapter], self.adapters[adapter]
+    self.active = tuple(a for a in self.active if a != adapter)
+
+# %% ../nbs/08_lora.ipynb #75c0b2ee
 class LoRALinear(AdapterHolder, nn.Linear):
     "A linear layer with frozen weights and adapters beside them. Raises `ValueError` for settings that make no sense and a rank that the layer is too small for."
     def __init__(self,
@@ -132,23 +138,9 @@ class LoRALinear(AdapterHolder, nn.Linear):
         self.add_adapter(adapter, LoRASettings(rank, alpha, dropout))
         self.set_adapter((adapter,))
 
-    @torch.no_grad()
-    def update(self,
-        adapter: str, # name
-    ) -> Tensor: # (o, d) float32 at least
-        "What the adapter adds to the weight: $\\frac{\\alpha}{r}\\mathbf{B}\\mathbf{A}$."
-        A, B = (t[adapter] if t[adapter].dtype == torch.float64 else t[adapter].float() for t in (self.lora_A, self.lora_B))
-        return self.adapters[adapter].scale * (B @ A)
-
-    @torch.no_grad()
-    def merged_weight(self,
-        adapters: tuple, # names; those that this layer does not have are passed over
-    ) -> Tensor: # (o, d) in the type of the weight
-        "The weight with what the adapters add, rounded once."
-        updates = [self.update(a) for a in adapters if a in self.adapters]
-        return (self.base_weight + sum(updates)).to(self.weight.dtype) if updates else self.base_weight.clone()
-
-    def forward(self, x: Tensor) -> Tensor: # (..., d) -> (..., o)
+    def forward(self,
+        x: Tensor, # (..., d)
+    ) -> Tensor: # (..., o)
         "The frozen layer, and what the active adapters add."
         y = F.linear(x, self.weight, self.bias)
         if self.merged: return y
@@ -158,11 +150,6 @@ class LoRALinear(AdapterHolder, nn.Linear):
             y = y + (settings.scale * F.linear(F.linear(read, A), B)).to(y.dtype)  # (..., d) -> (..., r) -> (..., o)
         return y
 
-    @property
-    def base_weight(self) -> Tensor: # (o, d)
-        "The weight without any adapter, merged or not."
-        return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged: destination[f"{prefix}weight"] = self.base_weight
@@ -170,6 +157,30 @@ class LoRALinear(AdapterHolder, nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if self.merged: errors.append(f"{prefix}weight: has adapters merged into it ({', '.join(self.merged)}). Call unmerge_lora first.")
         else: super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+# %% ../nbs/08_lora.ipynb #e4c3e590
+@patch(as_prop=True)
+def base_weight(self: LoRALinear) -> Tensor: # (o, d)
+    "The weight without any adapter, merged or not."
+    return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
+
+@patch
+@torch.no_grad()
+def update(self: LoRALinear,
+    adapter: str, # name
+) -> Tensor: # (o, d) float32 at least
+    "What the adapter adds to the weight: $\\frac{\\alpha}{r}\\mathbf{B}\\mathbf{A}$."
+    A, B = (at_least_float32(t[adapter]) for t in (self.lora_A, self.lora_B))
+    return self.adapters[adapter].scale * (B @ A)
+
+@patch
+@torch.no_grad()
+def merged_weight(self: LoRALinear,
+    adapters: tuple, # names; those that this layer does not have are passed over
+) -> Tensor: # (o, d) in the type of the weight
+    "The weight with what the adapters add, rounded once."
+    updates = [self.update(a) for a in adapters if a in self.adapters]
+    return (self.base_weight + sum(updates)).to(self.weight.dtype) if updates else self.base_weight.clone()
 
 # %% ../nbs/08_lora.ipynb #79d890f5
 READ_RAW = (nn.MultiheadAttention, nn.TransformerEncoderLayer) # modules that multiply with the weights of their layers themselves
@@ -215,7 +226,7 @@ def find_targets(
     for name, layer in found.items(): _check_target(model, name, layer)
     return {n: m for n, m in model.named_modules() if any(m is f for f in found.values())}  # once, under its first name
 
-# %% ../nbs/08_lora.ipynb #72e3efcf
+# %% ../nbs/08_lora.ipynb #873e8c23
 def lora_layers(
     model: nn.Module, # any model
 ) -> dict: # name -> `LoRALinear`; empty if there are no adapters
@@ -236,6 +247,11 @@ def _adapter_tensors(model):
     return {f"{name}.{t}".lstrip(".") for name, layer in named if isinstance(layer, LoRALinear) for t in layer.added_tensors}
 
 
+def _check_without(model):
+    "Raise `ValueError` for a model that has adapters."
+    if lora_layers(model): raise ValueError(f"model: has adapters already ({', '.join(list_adapters(model))}). Call add_adapter for another one, or name all target_modules at once.")
+
+# %% ../nbs/08_lora.ipynb #593b9331
 def _freeze(model, keep):
     "Train what `keep(name)` says and the active adapters, freeze the rest. A parameter of several names is trained if one of them is."
     adapters = _adapter_tensors(model)
@@ -264,7 +280,7 @@ def _kept_by(patterns, model):
         if not any(_matches(part, pattern) for n in names for part in parts(n)): raise ValueError(f"trainable: {pattern!r} matches no part of {type(model).__name__} with parameters. Its parts are {', '.join(dict.fromkeys(n.split('.')[0] for n in names))}.")
     return lambda name: any(_matches(part, pattern) for part in parts(name) for pattern in patterns)
 
-# %% ../nbs/08_lora.ipynb #4d693c03
+# %% ../nbs/08_lora.ipynb #0ec287bc
 def apply_lora(
     model: nn.Module, # any model; changed in place
     target_modules, # name or names of linear layers, whole or the end after a dot; `*` stands for anything
@@ -277,8 +293,7 @@ def apply_lora(
     """Put adapters on linear layers and freeze everything else ([Hu et al. 2022](https://arxiv.org/abs/2106.09685), section 4.1). The model computes what it did before, until the adapters are trained.
 
     Raises `ValueError` for a model that has adapters, names that match nothing, layers on which an adapter would not work (see `find_targets`), a weight that is to be adapted and trained in full, and settings that make no sense; the model is then as it was."""
-    there = lora_layers(model)
-    if there: raise ValueError(f"model: has adapters already ({', '.join(list_adapters(model))}). Call add_adapter for another one, or name all target_modules at once.")
+    _check_without(model)
     settings, layers, keep = LoRASettings(rank, alpha, dropout), find_targets(model, target_modules), _kept_by(_patterns(trainable, "trainable"), model)
     both = [name for name in layers if keep(f"{name}.weight")]
     if both: raise ValueError(f"trainable: names the weight of '{both[0]}' too, which gets an adapter and is to stay as it is. Leave the layer out of one of the two.")
@@ -300,7 +315,7 @@ def active_adapters(
     "The adapters that count."
     return tuple(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.active))
 
-# %% ../nbs/08_lora.ipynb #6e06de03
+# %% ../nbs/08_lora.ipynb #aa55959f
 def apply_lora_to_behrt(
     model: nn.Module, # `BEHRT`, or a model that holds one as `behrt`; changed in place
     rank: int = 8, # r
@@ -316,7 +331,7 @@ def apply_lora_to_behrt(
     encoder = model if isinstance(model, BEHRT) else getattr(model, "behrt", None)
     if not isinstance(encoder, BEHRT): raise TypeError(f"model: expected a BEHRT or a model that holds one as `behrt`, got {type(model).__name__}. Use apply_lora(model, target_modules).")
     if not (lora_attention or lora_feed_forward): raise ValueError("lora_attention, lora_feed_forward: expected at least one to be True. To train the head alone, freeze the encoder instead.")
-    if lora_layers(model): raise ValueError(f"model: has adapters already ({', '.join(list_adapters(model))}). Call add_adapter for another one.")
+    _check_without(model)
     prefix = "" if encoder is model else "behrt."
     parts = [f"attention.{p}" for p in ("query", "key", "value", "output") if lora_attention] + [p for p in ("up", "down") if lora_feed_forward]
     settings, layers = LoRASettings(rank, alpha, dropout), find_targets(model, [f"{prefix}blocks.*.{p}" for p in parts])

@@ -8,7 +8,7 @@ __all__ = ['NobodyAtRisk', 'counted_logits', 'counted_events', 'check_steps', 'd
            'fixed_horizon_targets', 'inverse_censoring_weights', 'fixed_horizon_loss', 'FixedHorizonProgressionLoss',
            'combine_tasks', 'combine_tasks_by_uncertainty', 'MultiTaskLoss', 'MultiTaskSurvivalLoss']
 
-# %% ../nbs/09_losses.ipynb #d8a187a9
+# %% ../nbs/09_losses.ipynb #26478744
 import inspect
 from typing import NamedTuple
 
@@ -16,16 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .aggregation import at_least_float32
 from .censoring import censoring_distribution, known_weights
 
-# %% ../nbs/09_losses.ipynb #a70e6e10
+# %% ../nbs/09_losses.ipynb #7697407b
 class NobodyAtRisk(ValueError):
     "No patient of the batch contributes, so the loss is undefined."
-
-
-def _float32(x):
-    "Half precision to float32; float32 and float64 as they are."
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def counted_logits(
@@ -33,7 +29,7 @@ def counted_logits(
     counts: Tensor, # the same shape, bool: which are looked at
 ) -> Tensor: # (...)
     "Logits in float32 or better with 0 where they do not count; the gradient there is 0. Raises if one that counts is not finite."
-    logits = _float32(logits)
+    logits = at_least_float32(logits)
     broken = counts & ~logits.isfinite()
     if broken.any(): raise ValueError(f"logits: {int(broken.sum())} of the {int(counts.sum())} that count are not finite; the model has diverged (lower the learning rate, clip gradients)")
     return logits.masked_fill(~counts, 0)
@@ -64,13 +60,13 @@ def check_steps(
     wrong = (event_times < 0) | (event_times > steps) | (event_indicators.bool() & (event_times == steps))
     if wrong.any(): raise ValueError(f"event_times: {int(wrong.sum())} of {wrong.numel()} lie outside 0..{steps} (0..{steps - 1} for events)")
 
-# %% ../nbs/09_losses.ipynb #50f333bf
+# %% ../nbs/09_losses.ipynb #1d3b688f
 def _checked_shares(shares, event_times):
     "Shares as floats. Raises `ValueError` for another shape and values outside 0..1."
     if shares.shape != event_times.shape: raise ValueError(f"shares: expected shape {tuple(event_times.shape)} as event_times, got {tuple(shares.shape)}")
     wrong = ~((shares >= 0) & (shares <= 1))
     if wrong.any(): raise ValueError(f"shares: {int(wrong.sum())} of {wrong.numel()} lie outside 0..1; give those of `seen_shares`")
-    return _float32(shares)
+    return at_least_float32(shares)
 
 
 def _checked_entries(entry_times, event_times, event_indicators):
@@ -80,7 +76,7 @@ def _checked_entries(entry_times, event_times, event_indicators):
     if early.any(): raise ValueError(f"entry_times: {int(early.sum())} of {early.numel()} have the event before they enter; leave them out")
     return entry_times
 
-
+# %% ../nbs/09_losses.ipynb #9f815d85
 def discrete_time_nll(
     logits: Tensor, # (..., K) hazard logits of K steps
     event_times: Tensor, # (...) int64 in 0..K: step of the event, or number of steps survived
@@ -100,14 +96,14 @@ def discrete_time_nll(
     z = counted_logits(logits, counts > 0)
     return (-F.logsigmoid(torch.where(happens, z, -z)) * counts).sum(-1)  # (...)
 
-# %% ../nbs/09_losses.ipynb #ef14fc52
+# %% ../nbs/09_losses.ipynb #2f1ba74f
 def mean_over_patients(
     values: Tensor, # (B,) or (B, V)
     mask: Tensor, # the same shape, bool: which count
 ) -> Tensor: # scalar
     "Mean over each patient's masked visits, then over the patients that have one. Raises `NobodyAtRisk`, a `ValueError`, if nobody has, and `ValueError` for values that count and are not finite."
     if mask.shape != values.shape or values.ndim not in (1, 2): raise ValueError(f"mask: expected the shape of values, (B,) or (B, V), got {tuple(mask.shape)} for {tuple(values.shape)}")
-    values, mask = _float32(values).reshape(len(values), -1), mask.bool().reshape(len(mask), -1)  # (B, V)
+    values, mask = at_least_float32(values).reshape(len(values), -1), mask.bool().reshape(len(mask), -1)  # (B, V)
     counts = mask.sum(1)
     if not (counts > 0).any(): raise NobodyAtRisk("mask: no visit of any patient counts; there is nothing to average")
     values = values.masked_fill(~mask, 0)
@@ -177,7 +173,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
         "See `survival_nll`."
         return survival_nll(logits, event_times, event_indicators, at_risk, weights, shares, entry_times)
 
-# %% ../nbs/09_losses.ipynb #a09a7bc5
+# %% ../nbs/09_losses.ipynb #8cf97b70
 def _elementwise(loss, predictions, targets):
     "Call a loss without reduction: a function of `torch.nn.functional` or a module made with reduction='none'. -> (M,)"
     no_reduction = {"reduction": "none"} if not isinstance(loss, nn.Module) and "reduction" in inspect.signature(loss).parameters else {}
@@ -202,7 +198,7 @@ def compute_masked_loss(
         raise ValueError(f"mask: expected (B, V) as the start of predictions and targets, got {tuple(mask.shape)} for {tuple(predictions.shape)} and {tuple(targets.shape)}")
     mask = mask.bool()
     if not mask.any(): raise NobodyAtRisk("mask: False everywhere; no visit counts, so the loss is undefined")
-    predictions, targets = _float32(predictions[mask]), targets[mask]  # (M, ...)
+    predictions, targets = at_least_float32(predictions[mask]), targets[mask]  # (M, ...)
     if not predictions.isfinite().all(): raise ValueError(f"predictions: {int((~predictions.isfinite()).sum())} of {predictions.numel()} that count are not finite; the model has diverged")
     if not targets.isfinite().all(): raise ValueError(f"targets: {int((~targets.isfinite()).sum())} of {targets.numel()} that count are not finite; mask them")
     if targets.is_floating_point() or targets.dtype == torch.bool: targets = targets.to(predictions.dtype)
@@ -234,14 +230,14 @@ def _weights(durations, events, horizon, G):
     weights = known_weights(durations.detach().cpu().double().numpy(), events.bool().cpu().numpy(), horizon, G)
     return torch.as_tensor(weights, dtype=torch.promote_types(durations.dtype, torch.float32)).to(durations.device)
 
-# %% ../nbs/09_losses.ipynb #58a58afc
+# %% ../nbs/09_losses.ipynb #3afcad08
 def inverse_censoring_weights(
     durations: Tensor, # (...) days to event or censoring
     events: Tensor, # (...) bool
     horizon: float, # days
     train_durations: Tensor, # any shape, days: the data on which censoring is estimated
     train_events: Tensor, # the same shape, bool
-) -> Tensor: # (...) float32 or as durations: 1 / P(C >= min(duration, horizon)), 0 where censored before the horizon
+) -> Tensor: # (...) float32 or as durations: 1 / G(min(duration, horizon)-), 0 where censored before the horizon
     "The weights of `known_weights` as a tensor. Raises `ValueError` where the training data end before the horizon."
     return _weights(durations, events, horizon, _censoring_curve(train_durations, train_events, horizon))
 
@@ -294,7 +290,7 @@ class FixedHorizonProgressionLoss(nn.Module):
         weights = _weights(durations.masked_fill(~counts, 0), counted_events(events, counts), self.horizon, self.G)
         return fixed_horizon_loss(logits, durations, events, self.horizon, at_risk, weights)
 
-# %% ../nbs/09_losses.ipynb #6669e3fb
+# %% ../nbs/09_losses.ipynb #598d0ae5
 def combine_tasks(
     values: Tensor, # (n,) losses of the tasks
     weights: Tensor, # (n,) fixed weights
@@ -307,15 +303,15 @@ def combine_tasks_by_uncertainty(
     values: Tensor, # (n,) losses of the tasks
     log_variances: Tensor, # (n,) s; held within -10 and 10
 ) -> Tensor: # scalar
-    "Sum of exp(-s) * loss + s / 2 (Kendall, Gal & Cipolla 2018, for classification)."
+    "Sum of exp(-s) * loss + s / 2 ([Kendall, Gal & Cipolla 2018](https://doi.org/10.1109/CVPR.2018.00781), for classification)."
     s = log_variances.clamp(-10, 10)
     return (torch.exp(-s) * values + s / 2).sum()
 
-# %% ../nbs/09_losses.ipynb #bf809bf0
+
 class MultiTaskLoss(NamedTuple):
     "The total, and the loss of each task that had somebody at risk."
-    total: Tensor
-    tasks: dict
+    total: Tensor # scalar
+    tasks: dict # outcome -> scalar
 
 # %% ../nbs/09_losses.ipynb #908ea7f5
 class MultiTaskSurvivalLoss(nn.Module):

@@ -41,7 +41,7 @@ def hashed_uniform(
     "Uniform numbers that depend on the keys alone."
     return (hashed_bits(*keys) >> np.uint64(11)) * 2.0**-53
 
-# %% ../nbs/06a_masked_codes.ipynb #1bf9e28d
+# %% ../nbs/06a_masked_codes.ipynb #abe84bbf
 class MaskCodes:
     """Transform of batches that hides codes: 80 % of those chosen become `[MASK]`, 10 % another code, 10 % stay.
 
@@ -57,7 +57,9 @@ class MaskCodes:
         if vocab_size <= len(SPECIAL_TOKENS): raise ValueError(f"vocab_size: expected more than the {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}")
         self.vocab_size, self.probability, self.whole_visit, self.seed, self.epoch = vocab_size, probability, whole_visit, seed, 0
 
-    def set_epoch(self, epoch: int): # the same number chooses the same codes
+    def set_epoch(self,
+        epoch: int, # the same number chooses the same codes
+    ):
         "Choose other codes in each epoch."
         self.epoch = epoch
 

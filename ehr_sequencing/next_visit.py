@@ -8,16 +8,17 @@ __all__ = ['N_SPECIAL', 'KINDS', 'target_codes', 'attach_next_visit', 'next_visi
            'repeat_last_visit', 'own_history', 'of_kind', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
            'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
 
-# %% ../nbs/07a_next_visit.ipynb #9bd0db1b
+# %% ../nbs/07a_next_visit.ipynb #b1c945c8
 import math
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .aggregation import pool_visits
+from .aggregation import at_least_float32, pool_visits
 from .batches import to_device
 from .behrt import BEHRT, BEHRTConfig, need_keys
 from .masked_codes import CodeHead, masked_code_loss
@@ -155,7 +156,7 @@ def draw_cuts(
     chosen = np.sort(order[place - begins < per_patient])
     return rows[owner[chosen]], (place - begins)[chosen]
 
-# %% ../nbs/07a_next_visit.ipynb #c7567ee9
+# %% ../nbs/07a_next_visit.ipynb #d7a5fdc0
 def next_visit_rates(
     store: SequenceStore, # where the patients are
     rows=None, # the training patients; all if None
@@ -182,10 +183,10 @@ def next_visit_loss(
     asked = int(batch["next_mask"].sum())
     if len(logits) != asked: raise ValueError(f"logits: expected a row for each of the {asked} visits of `next_mask`, got {len(logits)}")
     if not asked: return logits.sum() * 0, 0
-    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    z = at_least_float32(logits)
     return (-F.logsigmoid(-z[:, N_SPECIAL:]).sum() - z[_pairs_at(batch, 1)].sum()) / asked, asked
 
-# %% ../nbs/07a_next_visit.ipynb #66416dbe
+# %% ../nbs/07a_next_visit.ipynb #a0284c54
 def hits_at_k(
     scores: Tensor, # (n, vocab_size), higher is more likely
     targets: Tensor, # (n, vocab_size) bool
@@ -196,7 +197,7 @@ def hits_at_k(
     if scores.shape != targets.shape: raise ValueError(f"targets: expected the shape of the scores, {tuple(scores.shape)}, got {tuple(targets.shape)}")
     if not k >= 1 or k != int(k): raise ValueError(f"k: expected a whole number, at least 1, got {k}")
     if scores.isnan().any(): raise ValueError("scores: some are NaN, so there is no order")
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = at_least_float32(scores)
     if candidates is not None: scores = scores.masked_fill(~candidates, -math.inf)
     k = min(int(k), scores.shape[1])
     last = scores.topk(k, 1).values[:, -1:]  # (n, 1) the score at place k
@@ -211,7 +212,7 @@ def _mean_hits(scores, targets, k, candidates, divide):
     if not some.any(): raise ValueError(f"targets: none of the {len(targets)} visits has one, so recall and precision are undefined")
     return (hits_at_k(scores, targets, k, candidates).double() / divide)[some].mean().item()
 
-
+# %% ../nbs/07a_next_visit.ipynb #e2782feb
 def recall_at_k(
     scores: Tensor, # (n, vocab_size), higher is more likely
     targets: Tensor, # (n, vocab_size) bool
@@ -221,7 +222,7 @@ def recall_at_k(
     "Share of a visit's targets that are among the first k. Raises `ValueError` as `hits_at_k`, and if no visit has a target."
     return _mean_hits(scores, targets, k, candidates, targets.sum(1).clamp(min=1))
 
-# %% ../nbs/07a_next_visit.ipynb #f8c6d3e2
+
 def precision_at_k(
     scores: Tensor, # (n, vocab_size), higher is more likely
     targets: Tensor, # (n, vocab_size) bool
@@ -351,7 +352,7 @@ def _asked_visits(hidden, batch, attention):
         if seen.any(): raise ValueError(f"next_mask: asks at {int(seen.sum())} visits whose next one is in the input, where attention='bidirectional' sees it. Use attach_next_visit(..., at='end') or attention='visit_causal'")
     return pool_visits(hidden, batch["visit_ids"], mask.shape[1])[mask]
 
-# %% ../nbs/07a_next_visit.ipynb #60a5e7de
+# %% ../nbs/07a_next_visit.ipynb #388c49c6
 class NextVisitModel(SavedModel):
     "What models with a next-visit head share: an encoder `behrt`, a head `next_visit`, and what can be asked of them."
     config_class, encoder = BEHRTConfig, "behrt"
@@ -387,16 +388,18 @@ class NextVisitModel(SavedModel):
             visits = pool_visits(self.behrt.encode(batch), batch["visit_ids"], batch["sequence_mask"].shape[1])  # (B, V, d)
             return self.next_visit(visits, self.behrt.embedding.code.weight)
 
-    @torch.no_grad()
-    def predict_next(self,
-        batch: dict, # from `make_batch`, each history ending where the question is asked
-    ) -> Tensor: # (B, vocab_size) probability of each code in the visit after the window; 0 for special tokens
-        "Probabilities of the codes of the next visit, in evaluation mode."
-        at_end = batch["sequence_mask"] & ~F.pad(batch["sequence_mask"][:, 1:], (0, 1))  # (B, V) the last visit of each window
-        with evaluating(self): p = self.next_visit_logits(batch | {"next_mask": at_end}).sigmoid()
-        return torch.cat([torch.zeros_like(p[:, :N_SPECIAL]), p[:, N_SPECIAL:]], 1)
+# %% ../nbs/07a_next_visit.ipynb #bb8aab84
+@patch
+@torch.no_grad()
+def predict_next(self: NextVisitModel,
+    batch: dict, # from `make_batch`, each history ending where the question is asked
+) -> Tensor: # (B, vocab_size) probability of each code in the visit after the window; 0 for special tokens
+    "Probabilities of the codes of the next visit, in evaluation mode."
+    at_end = batch["sequence_mask"] & ~F.pad(batch["sequence_mask"][:, 1:], (0, 1))  # (B, V) the last visit of each window
+    with evaluating(self): p = self.next_visit_logits(batch | {"next_mask": at_end}).sigmoid()
+    return torch.cat([torch.zeros_like(p[:, :N_SPECIAL]), p[:, N_SPECIAL:]], 1)
 
-# %% ../nbs/07a_next_visit.ipynb #a519e1f7
+# %% ../nbs/07a_next_visit.ipynb #30b9389f
 class BEHRTForNextVisitPrediction(NextVisitModel):
     "BEHRT encoder with a head that predicts the codes of the next visit, at every visit (visit-causal) or at the end of the history (bidirectional)."
     def __init__(self,
@@ -407,7 +410,7 @@ class BEHRTForNextVisitPrediction(NextVisitModel):
     def forward(self,
         batch: dict, # of `attach_next_visit`
     ) -> Tensor: # (n, vocab_size) logits at the visits that are asked about
-        "Logits of the next visit's codes. Raises `ValueError` where attention would see the answer."
+        "`next_visit_logits`. Raises `ValueError` where attention would see the answer."
         return self.next_visit_logits(batch)
 
     def loss(self,
@@ -417,7 +420,7 @@ class BEHRTForNextVisitPrediction(NextVisitModel):
         "`next_visit_loss`."
         return next_visit_loss(outputs, batch)
 
-# %% ../nbs/07a_next_visit.ipynb #c1e3702f
+# %% ../nbs/07a_next_visit.ipynb #bf12d44c
 class BEHRTForPretraining(NextVisitModel):
     "One BEHRT encoder with two heads, for masked codes and for the next visit. Batches come from `MaskCodes` and `attach_next_visit`."
     vocabulary_rows = (*NextVisitModel.vocabulary_rows, "mlm.bias")
@@ -451,17 +454,20 @@ class BEHRTForPretraining(NextVisitModel):
         masked = hidden[there.nonzero()[:, 0], batch["masked_positions"][there]]  # (m, d)
         return {"mlm": self.mlm(masked, codes), "next_visit": self.next_visit(_asked_visits(hidden, batch, self.config.attention), codes)}
 
-    def losses(self,
-        outputs: dict, # of `forward`
-        batch: dict, # of `MaskCodes` and `attach_next_visit`
-    ) -> dict: # "mlm" and "next_visit": (loss, units)
-        "The two losses, each with its number of units; zero and 0 where there is none."
-        return {"mlm": masked_code_loss(outputs["mlm"], batch), "next_visit": next_visit_loss(outputs["next_visit"], batch)}
+# %% ../nbs/07a_next_visit.ipynb #6a84b4e8
+@patch
+def losses(self: BEHRTForPretraining,
+    outputs: dict, # of `forward`
+    batch: dict, # of `MaskCodes` and `attach_next_visit`
+) -> dict: # "mlm" and "next_visit": (loss, units)
+    "The two losses, each with its number of units; zero and 0 where there is none."
+    return {"mlm": masked_code_loss(outputs["mlm"], batch), "next_visit": next_visit_loss(outputs["next_visit"], batch)}
 
-    def loss(self,
-        outputs: dict, # of `forward`
-        batch: dict, # of `MaskCodes` and `attach_next_visit`
-    ) -> tuple: # weighted sum of the two losses, masked codes plus visits
-        "The weighted sum."
-        losses = self.losses(outputs, batch)
-        return self.mlm_weight * losses["mlm"][0] + self.next_visit_weight * losses["next_visit"][0], losses["mlm"][1] + losses["next_visit"][1]
+@patch
+def loss(self: BEHRTForPretraining,
+    outputs: dict, # of `forward`
+    batch: dict, # of `MaskCodes` and `attach_next_visit`
+) -> tuple: # weighted sum of the two losses, masked codes plus visits
+    "The weighted sum."
+    losses = self.losses(outputs, batch)
+    return self.mlm_weight * losses["mlm"][0] + self.next_visit_weight * losses["next_visit"][0], losses["mlm"][1] + losses["next_visit"][1]

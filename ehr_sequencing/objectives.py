@@ -19,7 +19,7 @@ from .outcomes import VisitLabels
 from .ranking import PairwiseRankingLoss, null_scales
 from .sequences import SequenceStore
 
-# %% ../nbs/09b_objectives.ipynb #4b278943
+# %% ../nbs/09b_objectives.ipynb #c2d6fa57
 SURVIVAL_OBJECTIVES = ("nll", "ranking", "hybrid")
 
 
@@ -40,7 +40,7 @@ class Objective:
         PairwiseRankingLoss(self.form, self.sigma)  # raises for what does not fit
 
     @property
-    def rank_weight(self) -> float: # of R in the hybrid
+    def rank_weight(self) -> float: # of the ranking loss in the hybrid
         "What the ranking loss is multiplied with."
         return self.lambda_rank * self.scales[0] / self.scales[1]
 

@@ -106,7 +106,7 @@ def pairwise_ranking_loss(
     if pairs == 0: raise ValueError("event_times: no pair is comparable (nobody has the event, or nobody is seen to come later), so there is nothing to rank")
     return value
 
-# %% ../nbs/09a_ranking.ipynb #ed98f40c
+# %% ../nbs/09a_ranking.ipynb #2686e9f3
 class PairwiseRankingLoss(nn.Module):
     "Pairwise ranking for training: 0, and counted, where a batch has no comparable pair."
     def __init__(self,
@@ -120,8 +120,15 @@ class PairwiseRankingLoss(nn.Module):
         self.form, self.sigma, self.tied_censored, self.pairs_per_block = form, sigma, tied_censored, pairs_per_block
         self.batches_without_pairs = 0
 
-    def value_and_pairs(self, logits: Tensor, event_times: Tensor, event_indicators: Tensor, at_risk: Tensor | None = None, weights: Tensor | None = None, patients: Tensor | None = None) -> tuple: # loss and number of pairs, scalars
-        "The loss and how many pairs it is a mean of. Arguments as of `pairwise_ranking_loss`."
+    def value_and_pairs(self,
+        logits: Tensor, # (B, K) or (B, V, K) hazard logits
+        event_times: Tensor, # (B,) or (B, V) int64
+        event_indicators: Tensor, # the same shape, bool
+        at_risk: Tensor | None = None, # the same shape, bool
+        weights: Tensor | None = None, # the same shape, of each sequence
+        patients: Tensor | None = None, # (B,) whose rows these are
+    ) -> tuple: # loss and number of pairs, scalars
+        "The loss and how many pairs it is a mean of. Raises as `pairwise_ranking_loss`, but not for a batch without pairs."
         value, pairs = _ranking(logits, event_times, event_indicators, at_risk, self.form, self.sigma, self.tied_censored, self.pairs_per_block, weights, patients)
         self.batches_without_pairs += int(pairs == 0)
         return value, pairs
@@ -135,7 +142,7 @@ class PairwiseRankingLoss(nn.Module):
         "See `pairwise_ranking_loss`."
         return self.value_and_pairs(logits, event_times, event_indicators, at_risk)[0]
 
-# %% ../nbs/09a_ranking.ipynb #3488b5ab
+# %% ../nbs/09a_ranking.ipynb #0d1f992d
 def null_scales(
     event_times: Tensor, # (n,) or (n, V) int64, of the training data; -1 for never at risk
     event_indicators: Tensor, # the same shape, bool
@@ -160,10 +167,10 @@ def null_scales(
 
 class HybridLoss(NamedTuple):
     "What to minimise, its two components before weight and scale, and how many pairs were ranked."
-    total: Tensor
-    likelihood: Tensor
-    ranking: Tensor
-    pairs: Tensor
+    total: Tensor # scalar
+    likelihood: Tensor # scalar, nats a patient
+    ranking: Tensor # scalar, mean penalty of a pair
+    pairs: Tensor # scalar int64
 
 # %% ../nbs/09a_ranking.ipynb #6a014a22
 class HybridSurvivalLoss(nn.Module):

@@ -43,7 +43,7 @@ def _of_schema(found, schema, where):
     if not kept: raise ValueError(f"{where}: no table in schema '{schema}'; there are {', '.join(sorted({s for s, _ in found})) or 'none'}.")
     return kept
 
-# %% ../nbs/00ab_databases.ipynb #d45df7e4
+# %% ../nbs/00ab_databases.ipynb #be0079b7
 class DuckDBTables:
     "The tables of a DuckDB file, by lower-case name. Raises `ImportError` without duckdb, `ValueError` for a file that is no DuckDB database or has no such schema."
     def __init__(self,
@@ -76,11 +76,13 @@ class DuckDBTables:
         "The names of the tables."
         return sorted(self.found)
 
-    def where(self, name: str) -> str: # its name
+    def where(self,
+        name: str, # lower-case name of the table
+    ) -> str: # the same
         "How messages call a table."
         return name
 
-# %% ../nbs/00ab_databases.ipynb #caaa36b0
+# %% ../nbs/00ab_databases.ipynb #a0d14ed6
 def _duckdb_value(column, kind):
     "A column as something that Arrow and polars hold exactly."
     if kind.startswith(("DATE", "TIMESTAMP")): return f"case when isfinite({column}) then {column} end"
@@ -88,13 +90,19 @@ def _duckdb_value(column, kind):
 
 
 @patch
-def columns(self: DuckDBTables, name: str) -> dict: # lower-case name -> name in the database
+def columns(self: DuckDBTables,
+    name: str, # lower-case name of the table
+) -> dict: # lower-case name -> name in the database
     "The columns of a table. Raises `ValueError` for a table that is there more than once or cannot be read."
     return {c.lower(): c for c in self._query(name).columns}
 
 
 @patch
-def chunks(self: DuckDBTables, name: str, columns: list, rows: int = CHUNK_ROWS): # yields frames with these columns (names as in the database), of at most `rows` rows
+def chunks(self: DuckDBTables,
+    name: str, # lower-case name of the table
+    columns: list, # names of the columns to read, as in the database
+    rows: int = CHUNK_ROWS, # of a piece, at most
+): # yields polars frames
     "The pieces of a table. Raises `ValueError` where it cannot be read to its end."
     import duckdb
     relation = self._query(name)
@@ -198,7 +206,7 @@ def _failure(name, address, said, what):
     if "permission denied" in said: return ValueError(f"{name}: this user may not read {what}. Grant SELECT on it.")
     return ValueError(f"{name}: {what} cannot be read. Is it a database as its name says, and intact?")
 
-# %% ../nbs/00ab_databases.ipynb #792974ce
+# %% ../nbs/00ab_databases.ipynb #0438c3d1
 class DatabaseTables:
     "The tables of a database that is named by a URL, by lower-case name. Raises `ImportError` without connectorx, `ValueError` for a URL of another form, `FileNotFoundError` for an SQLite file that is not there, `ConnectionError` for a server that does not answer or refuses."
     def __init__(self,
@@ -232,13 +240,17 @@ class DatabaseTables:
         "The names of the tables."
         return sorted(self.found)
 
-    def where(self, name: str) -> str: # its name
+    def where(self,
+        name: str, # lower-case name of the table
+    ) -> str: # the same
         "How messages call a table."
         return name
 
-# %% ../nbs/00ab_databases.ipynb #7315ee64
+# %% ../nbs/00ab_databases.ipynb #d36e062a
 @patch
-def columns(self: DatabaseTables, name: str) -> dict: # lower-case name -> name in the database
+def columns(self: DatabaseTables,
+    name: str, # lower-case name of the table
+) -> dict: # lower-case name -> name in the database
     "The columns of a table. Raises `ValueError` for a table that is there more than once, or has a column twice."
     return by_lower_case(self._kinds[_only_table(self.found[name], name, self.name)], f"{self.name}: {name}")
 
@@ -256,7 +268,11 @@ def _key_column(table, columns):
 
 
 @patch
-def chunks(self: DatabaseTables, name: str, columns: list, rows: int = CHUNK_ROWS): # yields frames with these columns (names as in the database), of about `rows` rows
+def chunks(self: DatabaseTables,
+    name: str, # lower-case name of the table
+    columns: list, # names of the columns to read, as in the database
+    rows: int = CHUNK_ROWS, # of a piece, about
+): # yields polars frames
     "The pieces of a table, in the order of its key. Raises `ConnectionError` when the server goes away, `ValueError` for a table that cannot be read."
     pair = _only_table(self.found[name], name, self.name)
     kinds = self._kinds[pair]

@@ -117,7 +117,7 @@ def sort_events(
     "The canonical order: subject, time (null first), code, visit, value. Equal records in any order become equal tables."
     return events.sort("subject_id", "time", "code", "visit_id", "numeric_value", nulls_last=False)
 
-# %% ../nbs/00_events.ipynb #0fd3d755
+# %% ../nbs/00_events.ipynb #d67fc7d1
 @dataclass
 class EventTable:
     "An event table with its provenance: names of codes, rows read, and what was set aside and why."
@@ -136,7 +136,9 @@ class EventTable:
         "How many patients the table holds."
         return self.events["subject_id"].n_unique()
 
-    def name_of(self, code: str) -> str: # the name, or the code itself where no name is known
+    def name_of(self,
+        code: str, # as in the events
+    ) -> str: # the name, or the code itself where no name is known
         "The display name of a code."
         return self.names.get(code, code)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK_ROWS', 'scan_file', 'file_pieces', 'by_lower_case', 'Folder']
 
-# %% ../nbs/00a_files.ipynb #1bfb6139
+# %% ../nbs/00a_files.ipynb #655cba43
 import csv
 import gzip
 import re
@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import polars as pl
+from fastcore.basics import patch
 
 from .events import column_list
 
@@ -120,7 +121,7 @@ def _files_of(entry):
     if not entry.is_dir(): return [entry] if entry.is_file() and _suffix(entry) else []
     return sorted(f for f in (*entry.glob("*"), *entry.glob("*=*/**/*")) if f.is_file() and _suffix(f))
 
-# %% ../nbs/00a_files.ipynb #0d1c68fb
+# %% ../nbs/00a_files.ipynb #69d90cc0
 class Folder:
     "The tables of a folder of CSV or Parquet files, by lower-case name; a sub-folder of such files is one table in parts. Raises `ValueError` if a table is there twice."
     def __init__(self,
@@ -143,21 +144,31 @@ class Folder:
         "The names of the tables."
         return sorted(self.files)
 
-    def where(self, name: str) -> str: # its file, or its folder of parts
+    def where(self,
+        name: str, # lower-case name of the table
+    ) -> str: # its file, or its folder of parts
         "How messages call a table."
         if name not in self.files: return name
         file = self.files[name][0]
         return file.name if file.parent == self.path else f"{file.relative_to(self.path).parts[0]}/"
 
-    def columns(self, name: str) -> dict: # lower-case name -> name in the (first) file
+    def columns(self,
+        name: str, # lower-case name of the table
+    ) -> dict: # lower-case name -> name in the (first) file
         "The columns of a table. Raises `ValueError` for a file that cannot be read or has a column twice."
         return _file_columns(self.files[name][0])
 
-    def chunks(self, name: str, columns: list, rows: int = CHUNK_ROWS): # yields frames with these columns (names as in the first file), of at most `rows` rows
-        "The pieces of a table, part after part; the columns of a CSV are text. Raises `ValueError` for a file that cannot be read to its end, or lacks a column."
-        for file in self.files[name]:
-            present = _file_columns(file)
-            missing = [c for c in columns if c.strip().lower() not in present]
-            if missing: raise ValueError(f"{self.where(name)}{file.name}: no column {column_list(missing)}, which the first part has. Write all parts alike.")
-            own = [present[c.strip().lower()] for c in columns]
-            for frame in file_pieces(file, own, rows): yield frame.rename(dict(zip(own, columns)))
+# %% ../nbs/00a_files.ipynb #7e289a10
+@patch
+def chunks(self: Folder,
+    name: str, # lower-case name of the table
+    columns: list, # names of the columns to read, as in the first file
+    rows: int = CHUNK_ROWS, # of a piece, at most
+): # yields polars frames
+    "The pieces of a table, part after part; the columns of a CSV are text. Raises `ValueError` for a file that cannot be read to its end, or lacks a column."
+    for file in self.files[name]:
+        present = _file_columns(file)
+        missing = [c for c in columns if c.strip().lower() not in present]
+        if missing: raise ValueError(f"{self.where(name)}{file.name}: no column {column_list(missing)}, which the first part has. Write all parts alike.")
+        own = [present[c.strip().lower()] for c in columns]
+        for frame in file_pieces(file, own, rows): yield frame.rename(dict(zip(own, columns)))

@@ -393,7 +393,7 @@ def describe_store(
     import pandas as pd  # a process that works on a shard does not need it
     return pd.DataFrame.from_dict(rows, orient="index", columns=["total", "mean", *names])
 
-# %% ../nbs/02_sequences.ipynb #ef315373
+# %% ../nbs/02_sequences.ipynb #e375392e
 _PANELS = {"visits per patient": "patients", "codes per visit": "visits", "days between visits": "gaps", "years from first to last visit": "patients"}  # quantity -> of what
 
 
@@ -406,7 +406,7 @@ def plot_store(
     if axes is None: axes = plt.subplots(2, 2, figsize=(7, 4.6), layout="constrained")[1].ravel()
     drawn, levels = _distributions(store), np.linspace(0, 1, 401)
     for ax, (name, of) in zip(axes, _PANELS.items()):
-        ax.set(xlabel=name, ylabel=f"{of} with at most this, %", ylim=(0, 102))
+        ax.set(xlabel=name, ylabel=f"{of}, cumulative %", ylim=(0, 102))
         if not len(drawn[name]): ax.set(xticks=[]); continue
         low = 0 if "years" in name else 0.5 if "days" in name else 1  # on a logarithmic scale zeros are drawn at `low`
         values = np.maximum(np.quantile(drawn[name], levels), low)

@@ -350,7 +350,7 @@ def unique_people(
     "Leave out and count rows without an id and repeated rows. Raises as `unique_rows`."
     return unique_rows(account.without(frame, frame[key].is_null(), f"{where}: no patient", where), key, where, account)
 
-# %% ../nbs/00b_tables.ipynb #d5bd0fa0
+# %% ../nbs/00b_tables.ipynb #8917763e
 def _finish_table(frames, account, format, splits):
     "Join the frames, set aside what cannot be true, and return an `EventTable`."
     name = account.tables.name
@@ -377,12 +377,16 @@ class EventSource:
         "What the source is called."
         return self.tables.name
 
-    def frames(self, rows: int = CHUNK_ROWS): # iterator of frames with the columns of `SCHEMA`
-        "Read the source, in pieces of about `rows` rows of a table; begins a new account."
+    def frames(self,
+        rows: int = CHUNK_ROWS, # of a table, read at a time; about as many
+    ): # iterator of frames with the columns of `SCHEMA`
+        "Read the source in pieces; begins a new account."
         self.account = Account(self.tables, rows)
         return self.read(self.account)
 
-    def table(self, rows: int = CHUNK_ROWS) -> EventTable: # sorted and cleaned, all in memory
+    def table(self,
+        rows: int = CHUNK_ROWS, # of a table, read at a time
+    ) -> EventTable: # sorted and cleaned, all in memory
         "Read the whole source."
         return _finish_table(list(self.frames(rows)), self.account, self.format, self.splits)
 

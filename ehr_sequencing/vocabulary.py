@@ -7,7 +7,7 @@ __all__ = ['SPECIAL_TOKENS', 'PAD', 'UNK', 'MASK', 'CLS', 'SEP', 'roll_up_code',
            'index_records', 'count_values', 'add_counts', 'fit_value_edges', 'token_names', 'token_numbers',
            'Vocabulary', 'count_tokens', 'make_vocabulary', 'fit_vocabulary']
 
-# %% ../nbs/01b_vocabulary.ipynb #6d57251c
+# %% ../nbs/01b_vocabulary.ipynb #0609e0bc
 import json
 import re
 from dataclasses import dataclass, field, fields
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from fastcore.basics import patch
 
 from .events import STRUCTURAL_CODES, follow_up, group_visits
 from .jobs import whole_file
@@ -52,7 +53,7 @@ def is_excluded(
     "Whether a code is to be left out."
     return any(code.startswith(p[:-1]) if p.endswith("*") else code == p for p in patterns)
 
-# %% ../nbs/01b_vocabulary.ipynb #014418f0
+# %% ../nbs/01b_vocabulary.ipynb #57e53fe2
 @dataclass
 class Records:
     "The visits of a shard of patients as flat arrays, with codes as numbers; patients ordered by id. Made by `index_records`."
@@ -89,7 +90,7 @@ class Records:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(json.loads(arrays["names"].tobytes()), *(arrays[f.name] for f in fields(cls)[1:]))
 
-
+# %% ../nbs/01b_vocabulary.ipynb #5d5d3423
 def offsets_of(
     lengths, # (n,) of pieces that lie one after the other
 ) -> np.ndarray: # (n + 1,) int64
@@ -221,7 +222,7 @@ def token_numbers(
     numbers[valued] += 1 + below
     return numbers
 
-# %% ../nbs/01b_vocabulary.ipynb #e1a874b0
+# %% ../nbs/01b_vocabulary.ipynb #bd199ea3
 @dataclass
 class Vocabulary:
     "Codes as integers, and values as quantile bins. Make one with `fit_vocabulary`."
@@ -250,20 +251,26 @@ class Vocabulary:
         "Names of token ids."
         return [self.tokens[int(i)] for i in ids]
 
-    def name_of(self, token: str) -> str: # the name of its code with its bin, or the token itself
-        "The display name of a token."
-        code, mark, quantile = token.rpartition("//Q")
-        if mark and quantile.isdigit() and code in self.value_edges: return f"{self.names.get(code, code)}, bin {quantile} of {len(self.value_edges[code]) + 1}"
-        return self.names.get(token, token)
-
     def to_json(self) -> str: # text that `Vocabulary.from_json` reads
         "The vocabulary as JSON."
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, indent=1, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str): # -> Vocabulary
+    def from_json(cls,
+        text: str, # that `to_json` wrote
+    ): # -> Vocabulary
         "Read what `to_json` wrote."
         return cls(**json.loads(text))
+
+# %% ../nbs/01b_vocabulary.ipynb #6852e5f7
+@patch
+def name_of(self: Vocabulary,
+    token: str, # name of a token
+) -> str: # the name of its code with its bin, or the token itself where no name is known
+    "The display name of a token."
+    code, mark, quantile = token.rpartition("//Q")
+    if mark and quantile.isdigit() and code in self.value_edges: return f"{self.names.get(code, code)}, bin {quantile} of {len(self.value_edges[code]) + 1}"
+    return self.names.get(token, token)
 
 # %% ../nbs/01b_vocabulary.ipynb #e15896e9
 def count_tokens(

@@ -181,13 +181,13 @@ def _fill(sizes, budget, max_patients):
         current.append(i); longest = grown
     return batches + [current]
 
-# %% ../nbs/02b_batches.ipynb #bff0e6d3
+# %% ../nbs/02b_batches.ipynb #03931667
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included. Raises `ValueError` for no patients, an unknown layout, and tiles with random ends or a mask of another shape."
     def __init__(self,
         store: SequenceStore, # where the patients are
-        rows=None, # rows to visit, or a mask; all if None
-        last_visits=None, # visit at which each of `rows` ends; the last one if None
+        rows=None, # (n,) rows to visit, or a mask; all if None
+        last_visits=None, # (n,) index of the visit at which each of `rows` ends; the last one if None
         token_budget: int = 8192, # rows times longest row, at most (a single longer row is let through)
         max_tokens: int = 512, # tokens kept a patient
         max_patients: int | None = None, # patients a batch, at most

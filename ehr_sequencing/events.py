@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'BIRTH', 'DEATH', 'OBSERVATION_END', 'VISIT_END', 'STRUCTURAL_CODES', 'SPLITS', 'is_pandas', 'column_list',
            'require_columns', 'check_column_type', 'event_table', 'sort_events', 'EventTable', 'set_aside_impossible',
-           'visit_table', 'group_visits', 'assign_visits', 'plot_timeline', 'follow_up', 'cohort_summary',
-           'sample_patients']
+           'visit_table', 'group_visits', 'plot_timeline', 'follow_up', 'cohort_summary', 'sample_patients']
 
 # %% ../nbs/00_events.ipynb #b6490cd8
 import datetime
@@ -227,7 +226,7 @@ def _placed(timed, begins, visits):
     else: placed = timed.filter(pl.col("code") != VISIT_END).join(visits.select(*keys, "visit_index"), on=keys, how="inner")
     return placed.select(*SCHEMA, "visit_index").sort("subject_id", "visit_index", "time", "code", "numeric_value", nulls_last=False)
 
-# %% ../nbs/00_events.ipynb #e8fe3a51
+# %% ../nbs/00_events.ipynb #5179be21
 def visit_table(
     events: pl.DataFrame, # event table
 ) -> pl.DataFrame: # subject_id, visit_index (from 0), start, end, known, n_events, visit_key, day_key; one row a visit
@@ -244,16 +243,6 @@ def group_visits(
     begins = _visit_runs(timed)
     visits = _visits(timed, begins)
     return visits, _placed(timed, begins, visits)
-
-
-def assign_visits(
-    events: pl.DataFrame, # event table
-    visits: pl.DataFrame | None = None, # `visit_table(events)`, if at hand
-) -> pl.DataFrame: # the events that have content and a time, with `visit_index`; sorted by subject, visit, time and code
-    "Say for each event to which visit it belongs."
-    if visits is None: return group_visits(events)[1]
-    timed = _visit_keys(events)
-    return _placed(timed, _visit_runs(timed), visits)
 
 # %% ../nbs/00_events.ipynb #219bbccf
 def plot_timeline(

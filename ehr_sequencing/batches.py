@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'ON_HOST', 'windows', 'make_batch', 'tiles', 'BatchLoader', 'to_device', 'Compose']
 
-# %% ../nbs/02b_batches.ipynb #e022194e
+# %% ../nbs/02b_batches.ipynb #02547b28
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .sequences import SequenceStore, row_numbers
 from .vocabulary import PAD
@@ -180,13 +181,13 @@ def _fill(sizes, budget, max_patients):
         current.append(i); longest = grown
     return batches + [current]
 
-# %% ../nbs/02b_batches.ipynb #62b2cb35
+# %% ../nbs/02b_batches.ipynb #03931667
 class BatchLoader:
     "Iterate over patients in batches of similar length, each with at most `token_budget` tokens, padding included. Raises `ValueError` for no patients, an unknown layout, and tiles with random ends or a mask of another shape."
     def __init__(self,
         store: SequenceStore, # where the patients are
-        rows=None, # rows to visit, or a mask; all if None
-        last_visits=None, # visit at which each of `rows` ends; the last one if None
+        rows=None, # (n,) rows to visit, or a mask; all if None
+        last_visits=None, # (n,) index of the visit at which each of `rows` ends; the last one if None
         token_budget: int = 8192, # rows times longest row, at most (a single longer row is let through)
         max_tokens: int = 512, # tokens kept a patient
         max_patients: int | None = None, # patients a batch, at most
@@ -218,34 +219,40 @@ class BatchLoader:
         self.epoch = epoch
         if hasattr(self.transform, "set_epoch"): self.transform.set_epoch(epoch)
 
-    def _ends(self, generator):
-        "The visit at which each history ends this epoch."
-        if not self.random_end: return self.last_visits
-        begin = self.store.first_visit[self.rows]
-        room = self.max_tokens - _n_static(self.store, self.rows)
-        full = np.searchsorted(self.store.token_offsets, self.store.token_offsets[begin] + room, side="left") - 1 - begin
-        earliest = np.minimum(full, self.last_visits)  # a history that fits keeps its end
-        return generator.integers(earliest, self.last_visits + 1)
-
-    def plan(self) -> list: # of (rows, last visits), two arrays for each batch; of tiles also the first new visits
-        "Who comes in which batch of this epoch. It depends on the settings, the seed and the epoch alone."
-        generator = np.random.default_rng([self.seed, self.epoch])
-        planned = self._tiles if self.tiled else (self.rows, self._ends(generator))
-        sizes = _window_sizes(self.store, *planned[:2], self.max_tokens, self.layout)
-        order = np.lexsort((generator.random(len(sizes)) if self.shuffle else np.arange(len(sizes)), *sizes.T[::-1]))
-        batches = [order[b] for b in _fill(sizes[order], self.token_budget, self.max_patients)]
-        if self.shuffle: batches = [batches[i] for i in generator.permutation(len(batches))]
-        return [tuple(x[b] for x in planned) for b in batches]
-
-    def batches(self,
-        plan: list, # some of the batches of `plan()`, or pieces of them
-    ): # iterator of batches
-        "Make planned batches, each when it is asked for (by other processes: ahead)."
-        return iter(torch.utils.data.DataLoader(_Planned(self, plan), batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory))
-
     def __len__(self): return len(self.plan())
 
     def __iter__(self): return self.batches(self.plan())
+
+# %% ../nbs/02b_batches.ipynb #d62708a3
+@patch
+def _ends(self: BatchLoader, generator):
+    "The visit at which each history ends this epoch."
+    if not self.random_end: return self.last_visits
+    begin = self.store.first_visit[self.rows]
+    room = self.max_tokens - _n_static(self.store, self.rows)
+    full = np.searchsorted(self.store.token_offsets, self.store.token_offsets[begin] + room, side="left") - 1 - begin
+    earliest = np.minimum(full, self.last_visits)  # a history that fits keeps its end
+    return generator.integers(earliest, self.last_visits + 1)
+
+
+@patch
+def plan(self: BatchLoader) -> list: # of (rows, last visits), two arrays for each batch; of tiles also the first new visits
+    "Who comes in which batch of this epoch. It depends on the settings, the seed and the epoch alone."
+    generator = np.random.default_rng([self.seed, self.epoch])
+    planned = self._tiles if self.tiled else (self.rows, self._ends(generator))
+    sizes = _window_sizes(self.store, *planned[:2], self.max_tokens, self.layout)
+    order = np.lexsort((generator.random(len(sizes)) if self.shuffle else np.arange(len(sizes)), *sizes.T[::-1]))
+    batches = [order[b] for b in _fill(sizes[order], self.token_budget, self.max_patients)]
+    if self.shuffle: batches = [batches[i] for i in generator.permutation(len(batches))]
+    return [tuple(x[b] for x in planned) for b in batches]
+
+
+@patch
+def batches(self: BatchLoader,
+    plan: list, # some of the batches of `plan()`, or pieces of them
+): # iterator of batches
+    "Make planned batches, each when it is asked for (by other processes: ahead)."
+    return iter(torch.utils.data.DataLoader(_Planned(self, plan), batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory))
 
 # %% ../nbs/02b_batches.ipynb #23f2dd7d
 ON_HOST = ("horizons", "n_stages", "stage_horizon")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DuckDBTables', 'is_url', 'DatabaseTables', 'open_tables']
 
-# %% ../nbs/00ab_databases.ipynb #b4ea6e36
+# %% ../nbs/00ab_databases.ipynb #17e8bfe4
 import importlib.util
 import os
 import re
@@ -15,10 +15,16 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 import polars as pl
+from fastcore.basics import patch
 
 from .files import CHUNK_ROWS, Folder, by_lower_case
 
-# %% ../nbs/00ab_databases.ipynb #cdd5d0f3
+# %% ../nbs/00ab_databases.ipynb #37000785
+def _require_package(name, doing):
+    "Raise `ImportError` with the remedy where an optional package is not installed."
+    if importlib.util.find_spec(name) is None: raise ImportError(f"{doing} needs {name}. Install it with: pip install 'ehr_sequencing[omop]'")
+
+
 def _quoted(name): return '"' + name.replace('"', '""') + '"'
 
 
@@ -37,24 +43,20 @@ def _of_schema(found, schema, where):
     if not kept: raise ValueError(f"{where}: no table in schema '{schema}'; there are {', '.join(sorted({s for s, _ in found})) or 'none'}.")
     return kept
 
-# %% ../nbs/00ab_databases.ipynb #e570b3b5
-def _duckdb_value(column, kind):
-    "A column as something that Arrow and polars hold exactly."
-    if kind.startswith(("DATE", "TIMESTAMP")): return f"case when isfinite({column}) then {column} end"
-    return f"{column}::varchar" if kind.endswith("HUGEINT") or kind == "UUID" else column
-
-# %% ../nbs/00ab_databases.ipynb #d926fa54
+# %% ../nbs/00ab_databases.ipynb #be0079b7
 class DuckDBTables:
-    "The tables of a DuckDB file, by lower-case name."
-    def __init__(self, path, schema=None):
-        if importlib.util.find_spec("duckdb") is None:
-            raise ImportError("Reading a DuckDB file needs duckdb. Install it with: pip install 'ehr_sequencing[omop]'")
+    "The tables of a DuckDB file, by lower-case name. Raises `ImportError` without duckdb, `ValueError` for a file that is no DuckDB database or has no such schema."
+    def __init__(self,
+        path, # DuckDB file
+        schema=None, # name of the schema with the tables; all if None
+    ):
+        _require_package("duckdb", "Reading a DuckDB file")
         import duckdb
         self.path, self.name, self.found = Path(path), Path(path).name, {}
         try:
             self.connection = duckdb.connect(str(path), read_only=True)
             found = self.connection.execute("select table_schema, table_name from information_schema.tables order by all").fetchall()
-        except duckdb.Error: raise ValueError(f"{self.name}: is no readable DuckDB database.") from None
+        except duckdb.Error: raise ValueError(f"{self.name}: is no readable DuckDB database. Is it complete, and not open for writing elsewhere?") from None
         for pair in _of_schema(found, schema, self.name): self.found.setdefault(pair[1].lower(), []).append(pair)
 
     def _query(self, name, columns="*", limit=""):
@@ -62,7 +64,7 @@ class DuckDBTables:
         import duckdb
         table = ".".join(map(_quoted, _only_table(self.found[name], name, self.name)))
         try: return self.connection.cursor().sql(f"select {columns} from {table} {limit}")
-        except duckdb.Error as error: raise ValueError(f"{self.name}: table '{name}' cannot be read ({type(error).__name__}).") from None
+        except duckdb.Error as error: raise ValueError(f"{self.name}: table '{name}' cannot be read ({type(error).__name__}). Is the file intact?") from None
 
     def __contains__(self, name):
         "Whether the table is there. An empty CSV imported into DuckDB becomes columns `column0`, `column1`, ... whose one row is the header: not there."
@@ -70,24 +72,47 @@ class DuckDBTables:
         relation = self._query(name, limit="limit 2")
         return not (re.fullmatch("column0+", relation.columns[0].lower()) and len(relation.fetchall()) < 2)
 
-    def names(self): return sorted(self.found)
-    def where(self, name): return name
+    def names(self) -> list: # lower-case names, sorted
+        "The names of the tables."
+        return sorted(self.found)
 
-    def columns(self, name):
-        "Lower-case column name -> name in the database."
-        return {c.lower(): c for c in self._query(name).columns}
+    def where(self,
+        name: str, # lower-case name of the table
+    ) -> str: # the same
+        "How messages call a table."
+        return name
 
-    def chunks(self, name, columns, rows=CHUNK_ROWS):
-        "Frames of at most `rows` rows with the given columns (names as in the database)."
-        import duckdb
-        relation = self._query(name)
-        kinds = dict(zip(relation.columns, map(str, relation.types)))
-        listed = ", ".join(f"{_duckdb_value(_quoted(c), kinds[c])} as {_quoted(c)}" for c in columns)
-        relation = self._query(name, listed)
-        try:  # the method had another name before DuckDB 1.4
-            reader = relation.to_arrow_reader(rows) if hasattr(relation, "to_arrow_reader") else relation.fetch_arrow_reader(rows)
-            for batch in reader: yield pl.from_arrow(batch)
-        except (duckdb.Error, OSError) as error: raise ValueError(f"{self.name}: table '{name}' cannot be read to its end ({type(error).__name__}).") from None
+# %% ../nbs/00ab_databases.ipynb #a0d14ed6
+def _duckdb_value(column, kind):
+    "A column as something that Arrow and polars hold exactly."
+    if kind.startswith(("DATE", "TIMESTAMP")): return f"case when isfinite({column}) then {column} end"
+    return f"{column}::varchar" if kind.endswith("HUGEINT") or kind == "UUID" else column
+
+
+@patch
+def columns(self: DuckDBTables,
+    name: str, # lower-case name of the table
+) -> dict: # lower-case name -> name in the database
+    "The columns of a table. Raises `ValueError` for a table that is there more than once or cannot be read."
+    return {c.lower(): c for c in self._query(name).columns}
+
+
+@patch
+def chunks(self: DuckDBTables,
+    name: str, # lower-case name of the table
+    columns: list, # names of the columns to read, as in the database
+    rows: int = CHUNK_ROWS, # of a piece, at most
+): # yields polars frames
+    "The pieces of a table. Raises `ValueError` where it cannot be read to its end."
+    import duckdb
+    relation = self._query(name)
+    kinds = dict(zip(relation.columns, map(str, relation.types)))
+    listed = ", ".join(f"{_duckdb_value(_quoted(c), kinds[c])} as {_quoted(c)}" for c in columns)
+    relation = self._query(name, listed)
+    try:  # the method had another name before DuckDB 1.4
+        reader = relation.to_arrow_reader(rows) if hasattr(relation, "to_arrow_reader") else relation.fetch_arrow_reader(rows)
+        for batch in reader: yield pl.from_arrow(batch)
+    except (duckdb.Error, OSError) as error: raise ValueError(f"{self.name}: table '{name}' cannot be read to its end ({type(error).__name__}). Is the file intact?") from None
 
 # %% ../nbs/00ab_databases.ipynb #b5d406c8
 _DIALECTS = {  # scheme -> (default port, type of a text)
@@ -181,12 +206,14 @@ def _failure(name, address, said, what):
     if "permission denied" in said: return ValueError(f"{name}: this user may not read {what}. Grant SELECT on it.")
     return ValueError(f"{name}: {what} cannot be read. Is it a database as its name says, and intact?")
 
-# %% ../nbs/00ab_databases.ipynb #7b15fc6a
+# %% ../nbs/00ab_databases.ipynb #0438c3d1
 class DatabaseTables:
-    "The tables of a database that is named by a URL, by lower-case name."
-    def __init__(self, url, schema=None):
-        if importlib.util.find_spec("connectorx") is None:
-            raise ImportError("Reading from a database server needs connectorx. Install it with: pip install 'ehr_sequencing[omop]'")
+    "The tables of a database that is named by a URL, by lower-case name. Raises `ImportError` without connectorx, `ValueError` for a URL of another form, `FileNotFoundError` for an SQLite file that is not there, `ConnectionError` for a server that does not answer or refuses."
+    def __init__(self,
+        url, # such as postgresql://user:password@host:port/database
+        schema=None, # name of the schema with the tables; all if None
+    ):
+        _require_package("connectorx", "Reading from a database server")
         self.scheme, self._url, self.name, self._address = _parsed_url(url)
         self._text = _DIALECTS[self.scheme][1]
         listed = self._rows(_listing(self.scheme, self._text), "the list of tables")
@@ -194,15 +221,6 @@ class DatabaseTables:
         self.found, self._kinds = {}, {}
         for pair in _of_schema(pairs, schema, self.name): self.found.setdefault(pair[1].lower(), []).append(pair)
         for s, t, c, k in listed.select("s", "t", "c", "k").iter_rows(): self._kinds.setdefault((s, t), {})[c] = k.lower()
-
-    def __repr__(self): return f"DatabaseTables({self.name})"
-    def __contains__(self, name): return name in self.found
-    def names(self): return sorted(self.found)
-    def where(self, name): return name
-
-    def columns(self, name):
-        "Lower-case column name -> name in the database."
-        return by_lower_case(self._kinds[_only_table(self.found[name], name, self.name)], f"{self.name}: {name}")
 
     def _rows(self, sql, what):
         "The result of a query as a frame; errors name the server and the table, and neither the password nor a value."
@@ -215,25 +233,57 @@ class DatabaseTables:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException": raise
             raise _failure(self.name, self._address, str(error), what) from None
 
-    def _key(self, name, kinds):
-        "The column whose ranges cut the table: its own id, else the patient's, else the first."
-        present = {c.lower(): c for c in kinds}
-        return next((present[c] for c in (f"{name}_id", "person_id") if c in present), next(iter(kinds)))
+    def __repr__(self): return f"DatabaseTables({self.name})"
+    def __contains__(self, name): return name in self.found
 
-    def _quote(self, name): return f"`{name.replace('`', '``')}`" if self.scheme == "mysql" else _quoted(name)
+    def names(self) -> list: # lower-case names, sorted
+        "The names of the tables."
+        return sorted(self.found)
 
-    def chunks(self, name, columns, rows=CHUNK_ROWS):
-        "Frames of about `rows` rows with the given columns (names as in the database), in the order of the key."
-        pair = _only_table(self.found[name], name, self.name)
-        kinds = self._kinds[pair]
-        table = self._quote(pair[1]) if self.scheme == "sqlite" else ".".join(map(self._quote, pair))
-        key, whole = f"t.{self._quote(self._key(name, kinds))}", kinds[self._key(name, kinds)] in _WHOLE  # `t.`: the column, and not the text we make of it
-        cuts = self._rows(f"select cast(k as {self._text}) as k from (select {key} as k, row_number() over (order by {key}) as r from {table} t "
-                          f"where {key} is not null) q where r % {int(rows)} = 0 order by r", f"table {name}")["k"].unique(maintain_order=True)
-        listed = ", ".join(f"{_sql_value(self.scheme, self._text, 't.' + self._quote(c), kinds[c])} as {self._quote(c)}" for c in columns)
-        for part in _ranges(key, [_cut_sql(self.scheme, cut, whole) for cut in cuts]):
-            frame = self._rows(f"select {listed} from {table} t where {part} order by {key}", f"table {name}")
-            yield frame.with_columns(pl.col(pl.String).replace("", None)) if self.scheme == "sqlite" else frame
+    def where(self,
+        name: str, # lower-case name of the table
+    ) -> str: # the same
+        "How messages call a table."
+        return name
+
+# %% ../nbs/00ab_databases.ipynb #d36e062a
+@patch
+def columns(self: DatabaseTables,
+    name: str, # lower-case name of the table
+) -> dict: # lower-case name -> name in the database
+    "The columns of a table. Raises `ValueError` for a table that is there more than once, or has a column twice."
+    return by_lower_case(self._kinds[_only_table(self.found[name], name, self.name)], f"{self.name}: {name}")
+
+
+@patch
+def _quote(self: DatabaseTables, name):
+    "A name as the server wants it."
+    return f"`{name.replace('`', '``')}`" if self.scheme == "mysql" else _quoted(name)
+
+
+def _key_column(table, columns):
+    "The column whose ranges cut the table: its own id, else the patient's, else the first."
+    present = {c.lower(): c for c in columns}
+    return next((present[c] for c in (f"{table}_id", "person_id") if c in present), next(iter(columns)))
+
+
+@patch
+def chunks(self: DatabaseTables,
+    name: str, # lower-case name of the table
+    columns: list, # names of the columns to read, as in the database
+    rows: int = CHUNK_ROWS, # of a piece, about
+): # yields polars frames
+    "The pieces of a table, in the order of its key. Raises `ConnectionError` when the server goes away, `ValueError` for a table that cannot be read."
+    pair = _only_table(self.found[name], name, self.name)
+    kinds = self._kinds[pair]
+    table, column = self._quote(pair[1]) if self.scheme == "sqlite" else ".".join(map(self._quote, pair)), _key_column(name, kinds)
+    key, whole = f"t.{self._quote(column)}", kinds[column] in _WHOLE  # `t.`: the column, and not the text we make of it
+    cuts = self._rows(f"select cast(k as {self._text}) as k from (select {key} as k, row_number() over (order by {key}) as r from {table} t "
+                      f"where {key} is not null) q where r % {int(rows)} = 0 order by r", f"table {name}")["k"].unique(maintain_order=True)
+    listed = ", ".join(f"{_sql_value(self.scheme, self._text, 't.' + self._quote(c), kinds[c])} as {self._quote(c)}" for c in columns)
+    for part in _ranges(key, [_cut_sql(self.scheme, cut, whole) for cut in cuts]):
+        frame = self._rows(f"select {listed} from {table} t where {part} order by {key}", f"table {name}")
+        yield frame.with_columns(pl.col(pl.String).replace("", None)) if self.scheme == "sqlite" else frame
 
 # %% ../nbs/00ab_databases.ipynb #4b0336da
 def open_tables(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'BIRTH', 'DEATH', 'OBSERVATION_END', 'VISIT_END', 'STRUCTURAL_CODES', 'SPLITS', 'is_pandas', 'column_list',
-           'check_column_type', 'event_table', 'sort_events', 'EventTable', 'set_aside_impossible', 'visit_table',
-           'group_visits', 'assign_visits', 'plot_timeline', 'follow_up', 'cohort_summary', 'sample_patients']
+           'require_columns', 'check_column_type', 'event_table', 'sort_events', 'EventTable', 'set_aside_impossible',
+           'visit_table', 'group_visits', 'plot_timeline', 'follow_up', 'cohort_summary', 'sample_patients']
 
 # %% ../nbs/00_events.ipynb #b6490cd8
 import datetime
@@ -26,7 +26,7 @@ VISIT_END = "VISIT_END"
 STRUCTURAL_CODES = (BIRTH, DEATH, OBSERVATION_END, VISIT_END)  # the frame of a record: never a token
 SPLITS = ("train", "tuning", "held_out")  # names of the splits, as in MEDS
 
-# %% ../nbs/00_events.ipynb #5bba615f
+# %% ../nbs/00_events.ipynb #6e6aac7f
 def is_pandas(
     frame, # anything
 ) -> bool: # whether it is a pandas data frame
@@ -42,7 +42,7 @@ def _to_polars(frame):
     if hasattr(frame, "schema") and hasattr(frame, "num_rows"): return pl.from_arrow(frame)
     raise TypeError(f"frame: expected a polars, pandas or Arrow table, got {type(frame).__name__}")
 
-
+# %% ../nbs/00_events.ipynb #521af40f
 def column_list(
     columns, # names of columns
 ) -> str: # for an error message
@@ -50,7 +50,18 @@ def column_list(
     if any(re.search(r"\d{4}", c) or c.strip().isdigit() for c in columns): return "a first line that looks like data (is the header missing?)"
     return ", ".join(columns) or "none"
 
-# %% ../nbs/00_events.ipynb #8a67a6aa
+
+def require_columns(
+    present, # names of the columns that a table has
+    required, # names of those that it must have
+    where, # how to call the table in error messages
+    remedy: str = "Rename yours to these names.", # what to do about it
+):
+    "Raise `ValueError` naming the columns that are missing, and those that were found."
+    missing = [c for c in required if c not in present]
+    if missing: raise ValueError(f"{where}: no column {', '.join(missing)}; found {column_list(present)}. {remedy}")
+
+
 def check_column_type(
     frame, # polars frame
     column, # one of `SCHEMA`, in the frame
@@ -71,7 +82,7 @@ def check_column_type(
     if not expected[column]:
         raise TypeError(f"{where}: column '{column}' is {dtype}, expected {SCHEMA[column]}. Convert it first, or use `read_table`.")
 
-# %% ../nbs/00_events.ipynb #0df254a6
+# %% ../nbs/00_events.ipynb #49aaf202
 def event_table(
     frame, # polars, pandas or Arrow table with at least `subject_id`, `time`, `code`
     where: str = "event table", # how to call the table in error messages
@@ -82,9 +93,7 @@ def event_table(
     Raises `ValueError` for a missing column, an empty table, or a null id or code (naming the first such row),
     and `TypeError` for a column of the wrong type."""
     frame = _to_polars(frame)
-    missing = [c for c in ("subject_id", "time", "code") if c not in frame.columns]
-    if missing:
-        raise ValueError(f"{where}: no column {', '.join(missing)}; found {column_list(frame.columns)}. Rename yours to these names.")
+    require_columns(frame.columns, ("subject_id", "time", "code"), where)
     if not len(frame): raise ValueError(f"{where}: no rows. Give a table with at least one event.")
     frame = frame.select([c for c in SCHEMA if c in frame.columns])
     for column in frame.columns: check_column_type(frame, column, where)
@@ -107,7 +116,7 @@ def sort_events(
     "The canonical order: subject, time (null first), code, visit, value. Equal records in any order become equal tables."
     return events.sort("subject_id", "time", "code", "visit_id", "numeric_value", nulls_last=False)
 
-# %% ../nbs/00_events.ipynb #0fd3d755
+# %% ../nbs/00_events.ipynb #d67fc7d1
 @dataclass
 class EventTable:
     "An event table with its provenance: names of codes, rows read, and what was set aside and why."
@@ -126,7 +135,9 @@ class EventTable:
         "How many patients the table holds."
         return self.events["subject_id"].n_unique()
 
-    def name_of(self, code: str) -> str: # the name, or the code itself where no name is known
+    def name_of(self,
+        code: str, # as in the events
+    ) -> str: # the name, or the code itself where no name is known
         "The display name of a code."
         return self.names.get(code, code)
 
@@ -215,7 +226,7 @@ def _placed(timed, begins, visits):
     else: placed = timed.filter(pl.col("code") != VISIT_END).join(visits.select(*keys, "visit_index"), on=keys, how="inner")
     return placed.select(*SCHEMA, "visit_index").sort("subject_id", "visit_index", "time", "code", "numeric_value", nulls_last=False)
 
-# %% ../nbs/00_events.ipynb #e8fe3a51
+# %% ../nbs/00_events.ipynb #5179be21
 def visit_table(
     events: pl.DataFrame, # event table
 ) -> pl.DataFrame: # subject_id, visit_index (from 0), start, end, known, n_events, visit_key, day_key; one row a visit
@@ -232,16 +243,6 @@ def group_visits(
     begins = _visit_runs(timed)
     visits = _visits(timed, begins)
     return visits, _placed(timed, begins, visits)
-
-
-def assign_visits(
-    events: pl.DataFrame, # event table
-    visits: pl.DataFrame | None = None, # `visit_table(events)`, if at hand
-) -> pl.DataFrame: # the events that have content and a time, with `visit_index`; sorted by subject, visit, time and code
-    "Say for each event to which visit it belongs."
-    if visits is None: return group_visits(events)[1]
-    timed = _visit_keys(events)
-    return _placed(timed, _visit_runs(timed), visits)
 
 # %% ../nbs/00_events.ipynb #219bbccf
 def plot_timeline(

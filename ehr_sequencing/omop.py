@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['OMOP_TABLES', 'omop_source', 'read_omop', 'eunomia_path']
 
-# %% ../nbs/00c_omop.ipynb #eef24890
+# %% ../nbs/00c_omop.ipynb #bc2e9b68
 import importlib.util
 from pathlib import Path
 
 import polars as pl
 
 from .databases import open_tables
-from .events import BIRTH, DEATH, OBSERVATION_END, VISIT_END, EventTable, column_list
+from .events import BIRTH, DEATH, OBSERVATION_END, VISIT_END, EventTable, require_columns
 from .tables import ROW, Distinct, EventSource, first_row, integer_ids, parse_times, static_facts, unique_people, unique_rows
 
-# %% ../nbs/00c_omop.ipynb #377090e9
+# %% ../nbs/00c_omop.ipynb #4d9caeaa
 OMOP_TABLES = {  # table -> (prefix of columns, prefix of the time columns, prefix of codes)
     "condition_occurrence": ("condition", "condition_start", "CONDITION"), "drug_exposure": ("drug", "drug_exposure_start", "DRUG"),
     "procedure_occurrence": ("procedure", "procedure", "PROCEDURE"), "device_exposure": ("device", "device_exposure_start", "DEVICE"),
     "measurement": ("measurement", "measurement", "MEASUREMENT"), "observation": ("observation", "observation", "OBSERVATION")}
-
-
 _CONCEPT_TABLES = ("concept", "2b_concept")  # the second is MIMIC-IV's list of its own concepts
 
 
@@ -72,12 +70,12 @@ def _omop_codes(frame, concepts, where, concept, source_concept, source_value, p
     choices.append("OMOP//" + ids.set(ids == 0, None).cast(pl.String))
     return pl.coalesce(*[c.alias(str(i)) for i, c in enumerate(choices)], eager=True), ids
 
-# %% ../nbs/00c_omop.ipynb #9ce3204f
+# %% ../nbs/00c_omop.ipynb #5268904d
 def _time_columns(account, name, *columns):
     "Those of the columns that the table has, best first; an error if it has none."
     present = account.tables.columns(name)
     found = [c for c in columns if c in present]
-    if not found: raise ValueError(f"{account.tables.where(name)}: no column {columns[-1]}; found {column_list(present)}.")
+    if not found: require_columns(present, columns[-1:], account.tables.where(name))
     return found
 
 
@@ -146,7 +144,7 @@ def _omop_people(account, concepts):
         frames.append(static_facts(person, codes))
     return pl.concat(frames), person
 
-# %% ../nbs/00c_omop.ipynb #245242c7
+# %% ../nbs/00c_omop.ipynb #56d47348
 def _omop_ends(account):
     "Deaths, and the last end of observation of each person."
     for name, columns, code in (("death", ("death_datetime", "death_date"), DEATH),
@@ -161,7 +159,7 @@ def _omop_ends(account):
             else: last = (ends if last is None else pl.concat([last, ends])).sort("time").unique("subject_id", keep="last", maintain_order=True)
         if last is not None: yield last
 
-
+# %% ../nbs/00c_omop.ipynb #93589166
 def _omop_pieces(account, domains, pairs, listed):
     "All events, table by table; adds to the pairs of concept id and code, and to the listed visits."
     concepts = _omop_lookup(account)
@@ -175,7 +173,7 @@ def _omop_pieces(account, domains, pairs, listed):
     for name in domains:
         for frame in _omop_domain(account, name, concepts, pairs): yield concepts, frame
 
-# %% ../nbs/00c_omop.ipynb #f8c3b16d
+
 def _omop_events(account):
     "The reader of `omop_source`: frames of events; names, concepts and notes at the end."
     pairs, codes, visits = Distinct({"concept_id": pl.Int64, "code": pl.String}), Distinct({"code": pl.String}), Distinct({"visit_id": pl.Int64})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareConfig', 'read_roll_up_map', 'shard_of', 'prepare_store']
 
-# %% ../nbs/02c_prepare.ipynb #60e7dea2
+# %% ../nbs/02c_prepare.ipynb #33a6a14c
 import contextlib
 import dataclasses
 import json
@@ -21,9 +21,9 @@ import pyarrow.ipc
 
 from . import __version__
 from .databases import is_url
-from .events import SPLITS, set_aside_impossible, sort_events
+from .events import SPLITS, require_columns, set_aside_impossible, sort_events
 from .files import scan_file
-from .jobs import move_into_place, only_one, whole_file, workers
+from .jobs import move_into_place, only_one, whole_file, workers, write_json
 from .readers import meds_facts, meds_frame, meds_key, meds_names, meds_notes, meds_shards, meds_subjects, meds_zoned, open_events
 from .sequences import SCHEMA_VERSION, SequenceStore, StoreArrays, draw_splits, known_splits, load_sequences, open_table, take_rows, tokenize_records, write_sequences, write_store
 from .vocabulary import Records, Vocabulary, add_counts, count_tokens, count_values, fit_value_edges, index_records, is_excluded, make_vocabulary, roll_up_code
@@ -66,7 +66,7 @@ class PrepareConfig:
         values["source"] = re.sub("/+.*@", "//", self.source.split("?")[0]) if is_url(self.source) else str(Path(self.source).resolve())
         return json.loads(json.dumps(values))
 
-# %% ../nbs/02c_prepare.ipynb #8a50950c
+# %% ../nbs/02c_prepare.ipynb #eea7de02
 def read_roll_up_map(
     path, # CSV file with columns `code` and `parent`, and perhaps `name` (of the parent)
 ) -> tuple: # code -> parent; parent -> name
@@ -74,8 +74,7 @@ def read_roll_up_map(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file. Give a CSV file with columns code and parent.")
     frame = scan_file(path)
-    missing = [c for c in ("code", "parent") if c not in frame.columns]
-    if missing: raise ValueError(f"{path.name}: no column {', '.join(missing)}; expected code and parent.")
+    require_columns(frame.columns, ("code", "parent"), path.name)
     names = dict(frame.select("parent", "name").drop_nulls().iter_rows()) if "name" in frame.columns else {}
     frame = frame.select("code", "parent").drop_nulls().unique(maintain_order=True)
     twice = frame["code"].is_duplicated()
@@ -117,7 +116,7 @@ def _shared_patients(files):
     ids = pl.concat([pl.DataFrame({"subject_id": []}, schema={"subject_id": pl.Int64}), *(meds_subjects(f).to_frame() for f in files)])
     return ids.group_by("subject_id").len().filter(pl.col("len") > 1).height
 
-# %% ../nbs/02c_prepare.ipynb #b6ce4d2c
+# %% ../nbs/02c_prepare.ipynb #ce4fbb17
 def _gather(config, source, work, say):
     "The shards as a list of files, and what is known about the source. Deals the events out if they do not come in shards."
     done = work/"gathered.json"
@@ -138,10 +137,10 @@ def _gather(config, source, work, say):
     account = {"rows_read": source.account.rows_read, "set_aside": dict(source.account.set_aside), "notes": list(source.account.notes), "names": source.account.names}
     if shared: account["notes"].append(f"{shared:,} patients are in more than one file; their events were brought together.")
     gathered = {"files": files, "dealt": dealt, "keys": keys, "name": source.name, "format": source.format} | account
-    with whole_file(done) as partial: partial.write_text(json.dumps(gathered), encoding="utf-8")
+    write_json(done, gathered)
     return gathered
 
-# %% ../nbs/02c_prepare.ipynb #d4a2f739
+# %% ../nbs/02c_prepare.ipynb #2fdfc94c
 def _read_shard(file, dealt):
     "The events of a shard. Raises `OSError` if rows are missing that were dealt to it."
     if dealt is None: return meds_frame(Path(file))
@@ -163,10 +162,10 @@ def _index_shard(job):
         codes = events["code"].unique().to_list() if job["exclude"] or job["roll_up"] else []
         facts |= {"excluded": {p: [c for c in codes if is_excluded(c, [p])] for p in job["exclude"]}, "rolled_up": [c for c in codes if roll_up_code(c, job["roll_up"]) != c]}
         account = facts | {"patients": n_patients, "with_visits": len(records), "events": len(records.codes) + len(records.static_codes), "set_aside": set_aside}
-        with whole_file(target.with_suffix(".json")) as partial: partial.write_text(json.dumps(account))
+        write_json(target.with_suffix(".json"), account)
     return job["name"]
 
-
+# %% ../nbs/02c_prepare.ipynb #c719bf22
 def _frame_of_shard(job, step, make):
     "Steps 3 and 4: a frame of counts of the shard, from its records and which of its patients are training patients."
     target = Path(job["work"])/step/f"{job['name']}.parquet"
@@ -176,10 +175,13 @@ def _frame_of_shard(job, step, make):
     return job["name"]
 
 
-def _values_of_shard(job): return _frame_of_shard(job, "values", count_values)
+def _values_of_shard(job):
+    "Step 3: counts of values."
+    return _frame_of_shard(job, "values", count_values)
 
 
 def _tokens_of_shard(job):
+    "Step 4: counts of tokens, with the edges of all shards."
     edges = json.loads((Path(job["work"])/"edges.json").read_text(encoding="utf-8"))
     return _frame_of_shard(job, "tokens", lambda records, training: count_tokens(records, training, edges))
 
@@ -227,7 +229,7 @@ def _check_place(config, store, work):
     for place in (store, work):
         if place == source or place in source.parents or (source in place.parents and source.is_dir()): raise ValueError(f"{place}: the store and its source lie one in the other. Choose a folder outside the source.")
 
-# %% ../nbs/02c_prepare.ipynb #8f77bad9
+# %% ../nbs/02c_prepare.ipynb #8ab7c2c6
 def _begin(config, work):
     "Make the folder of work ready, empty or as an earlier call with the same settings left it; the source. Raises `ValueError`, and the readers' errors."
     source = open_events(config.source, config.format, config.schema, config.columns)
@@ -245,7 +247,7 @@ def _begin(config, work):
         raise ValueError(f"{work}: holds a preparation that was begun with {what}. Repeat its settings to go on with it, or give --overwrite to start anew.")
     _clear(work)
     for step in ("records", "values", "tokens", "rows"): (work/step).mkdir()
-    with whole_file(work/"plan.json") as partial: partial.write_text(json.dumps(plan), encoding="utf-8")
+    write_json(work/"plan.json", plan)
     return source
 
 
@@ -304,7 +306,7 @@ def _check_patterns(config, shards):
     if config.exclude and len(idle) == len(config.exclude): raise ValueError(f"exclude: {', '.join(idle)} fits no code of the source. Several are separated by ';', and a beginning ends in '*'.")
     if config.roll_up and not any(s["rolled_up"] for s in shards): raise ValueError("roll_up: no code of the source is rolled up by these rules. Compare their codes with those of the source.")
 
-# %% ../nbs/02c_prepare.ipynb #72f988c2
+# %% ../nbs/02c_prepare.ipynb #e61b6c43
 def _fill_store(config, source, work, say):
     "Steps 1 to 6; the store is then in `work/store`."
     with workers(config.n_jobs, config.cluster) as run:
@@ -316,7 +318,7 @@ def _fill_store(config, source, work, say):
         origin = _set_splits(config, gathered, source.splits, jobs)
         for _ in run(_values_of_shard, jobs, "counting values", show): pass
         edges = fit_value_edges(add_counts(pl.read_parquet(work/"values"/f"{j['name']}.parquet", glob=False) for j in jobs), config.n_value_bins, config.min_patients)
-        with whole_file(work/"edges.json") as partial: partial.write_text(json.dumps(edges), encoding="utf-8")
+        write_json(work/"edges.json", edges)
         for _ in run(_tokens_of_shard, jobs, "counting tokens", show): pass
         counts = add_counts(pl.read_parquet(work/"tokens"/f"{j['name']}.parquet", glob=False) for j in jobs)
         vocabulary = make_vocabulary(counts, edges, config.min_patients, config.exclude, config.roll_up, gathered["names"] | config.names)

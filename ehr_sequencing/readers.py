@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'meds_shards', 'meds_split_of', 'meds_frame', 'meds_pieces
            'meds_zoned', 'meds_facts', 'meds_notes', 'meds_key', 'meds_source', 'read_meds', 'table_source',
            'read_table', 'detect_format', 'open_events', 'read_events']
 
-# %% ../nbs/01_readers.ipynb #00abf35b
+# %% ../nbs/01_readers.ipynb #2e202925
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +16,20 @@ import pyarrow
 import pyarrow.parquet
 
 from .databases import is_url
-from .events import BIRTH, SCHEMA, SPLITS, EventTable, check_column_type, column_list, event_table, is_pandas
-from .files import Folder, by_lower_case, scan_file
+from .events import BIRTH, SCHEMA, SPLITS, EventTable, check_column_type, column_list, event_table, is_pandas, require_columns
+from .files import Folder, by_lower_case, file_pieces, scan_file
 from .omop import OMOP_TABLES, eunomia_path, omop_source, read_omop
 from .synthea import read_synthea, synthea_source
 from .tables import ROW, EventSource, hashed_ids, integer_ids
 
-# %% ../nbs/01_readers.ipynb #5956900d
+# %% ../nbs/01_readers.ipynb #af8ab9a8
 _SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "tuning", "val": "tuning", "dev": "tuning", "test": "held_out"}
+
+
+def _shards_without_data(path):
+    "Parquet files of a folder and of its split folders, for a data set that has no folder `data`."
+    yield from path.glob("*.parquet")
+    for split in _SPLIT_NAMES: yield from (path/split).rglob("*.parquet")
 
 
 def meds_shards(
@@ -33,7 +39,7 @@ def meds_shards(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file(): return [path]
-    files = list((path/"data").rglob("*.parquet")) or [*path.glob("*.parquet"), *(f for s in _SPLIT_NAMES for f in (path/s).rglob("*.parquet"))]
+    files = list((path/"data").rglob("*.parquet")) or list(_shards_without_data(path))
     files = [f for f in files if not f.name.startswith(".")]
     if not files: raise ValueError(f"{path}: no Parquet file in this folder, its data/ or its split folders ({', '.join(SPLITS)}).")
     return sorted(files, key=lambda f: f.relative_to(path).as_posix())
@@ -79,7 +85,7 @@ def _shard_name(file):
     "How messages call a shard: by its name, with the split folder before it."
     return f"{file.parent.name}/{file.name}" if file.parent.name in _SPLIT_NAMES else file.name
 
-# %% ../nbs/01_readers.ipynb #e7bd335f
+# %% ../nbs/01_readers.ipynb #bae7b124
 def _refuse_rows(bad, where, column, problem, remedy):
     "Raise if any row is bad, naming how many and the first."
     if bad.any(): raise ValueError(f"{where}: column '{column}' is {problem} in {bad.sum():,} rows, first in row {bad.arg_max()}. {remedy}")
@@ -117,11 +123,11 @@ def meds_pieces(
     "Read and check one MEDS file in pieces, for a file that is too large to be read whole. Raises what `meds_frame` raises."
     file, begin = Path(file), 0
     columns = _meds_columns(file, _shard_name(file))
-    for frame in Folder.pieces(file, list(columns.values()), rows):
+    for frame in file_pieces(file, list(columns.values()), rows):
         yield _meds_piece(frame, columns, _shard_name(file) if not begin else f"{_shard_name(file)}, counted from row {begin:,}")
         begin += len(frame)
 
-# %% ../nbs/01_readers.ipynb #5e65a44a
+# %% ../nbs/01_readers.ipynb #515300ca
 def _split_file(root):
     "The file that lists the splits, or None."
     files = [Path(root)/"metadata"/name for name in ("subject_splits.parquet", "patient_splits.parquet")]
@@ -132,8 +138,7 @@ def _listed_splits(file):
     "Subjects and splits as the file lists them, names as in `SPLITS`."
     frame = scan_file(file)
     frame = frame.rename({"patient_id": "subject_id"}) if "patient_id" in frame.columns and "subject_id" not in frame.columns else frame
-    missing = [c for c in ("subject_id", "split") if c not in frame.columns]
-    if missing: raise ValueError(f"{file.name}: no column {', '.join(missing)}; found {column_list(frame.columns)}.")
+    require_columns(frame.columns, ("subject_id", "split"), file.name)
     check_column_type(frame, "subject_id", file.name)
     for column in ("subject_id", "split"): _refuse_rows(frame[column].is_null(), file.name, column, "null", "Remove these rows.")
     names = frame["split"].cast(pl.String)
@@ -172,7 +177,7 @@ def meds_splits(
         if wrong: raise ValueError(f"{_shard_name(shard)}: {wrong:,} subjects lie in the folder of {folder}, but {where} says otherwise. Correct one of them.")
     return frame
 
-# %% ../nbs/01_readers.ipynb #b377285f
+# %% ../nbs/01_readers.ipynb #78842a5f
 def meds_names(
     path, # folder of a MEDS data set
 ) -> dict: # code -> description
@@ -180,7 +185,7 @@ def meds_names(
     file = Path(path)/"metadata"/"codes.parquet"
     if not file.is_file(): return {}
     frame = scan_file(file)
-    if "code" not in frame.columns: raise ValueError(f"codes.parquet: no column code; found {column_list(frame.columns)}.")
+    require_columns(frame.columns, ("code",), file.name)
     if "description" not in frame.columns: return {}
     return dict(frame.select(pl.col("code", "description").cast(pl.String)).drop_nulls().iter_rows())
 
@@ -214,7 +219,7 @@ def meds_notes(
     if not any(f["born"] for f in facts): notes.append(f"There is no {BIRTH} event: ages are unknown.")
     return notes
 
-# %% ../nbs/01_readers.ipynb #ee45f873
+# %% ../nbs/01_readers.ipynb #713028f9
 def meds_key(
     file, # a shard
     path, # the data set
@@ -241,8 +246,8 @@ def _meds_frames(path, shards, splits, account):
 
 def meds_source(
     path, # Parquet file, or folder with `data/**/*.parquet` and perhaps `metadata/codes.parquet`
-) -> EventSource: # events shard by shard
-    "The events of a MEDS data set in pieces, one a shard. Raises `FileNotFoundError`, or `ValueError`/`TypeError` naming file and column."
+) -> EventSource: # events in pieces, shard by shard
+    "The events of a MEDS data set in pieces, each of one shard. Raises `FileNotFoundError`, or `ValueError`/`TypeError` naming file and column."
     path = Path(path)
     shards, splits = meds_shards(path), meds_splits(path)
     return EventSource("meds", SimpleNamespace(name=path.name), lambda account: _meds_frames(path, shards, splits, account), splits)
@@ -367,7 +372,7 @@ def read_table(
     "Read one table with a row an event. Raises `ValueError` naming the column that is missing or cannot be read, `TypeError` for one of the wrong type."
     return table_source(source, columns).table()
 
-# %% ../nbs/01_readers.ipynb #e3beb152
+# %% ../nbs/01_readers.ipynb #121b2342
 FORMATS = ("omop", "synthea", "meds", "table")
 _FILE_FORMATS = {".parquet": "meds", ".duckdb": "omop", ".db": "omop"} | {s: "table" for s in (*_TEXT_SUFFIXES, *_ARROW_SUFFIXES)}
 
@@ -378,8 +383,7 @@ def _folder_format(path):
     names = Folder(path).names()
     if {"person", *OMOP_TABLES} & set(names): return "omop", names
     if {"patients", "encounters"} & set(names): return "synthea", names
-    shards = any(path.glob("*.parquet")) or any(f for s in _SPLIT_NAMES for f in (path/s).rglob("*.parquet"))
-    return ("meds" if shards else None), names
+    return ("meds" if any(_shards_without_data(path)) else None), names
 
 
 def _format_below(path):

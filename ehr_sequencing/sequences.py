@@ -7,7 +7,7 @@ __all__ = ['STORE_SCHEMA', 'SCHEMA_VERSION', 'tokenize_records', 'row_numbers', 
            'SequenceStore', 'open_table', 'load_sequences', 'write_store', 'draw_splits', 'known_splits', 'build_store',
            'describe_store', 'plot_store']
 
-# %% ../nbs/02_sequences.ipynb #434e6f1a
+# %% ../nbs/02_sequences.ipynb #d8fe1ab6
 import hashlib
 import json
 import tempfile
@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.ipc
+from fastcore.basics import patch
 
 from .events import SPLITS, EventTable
 from .jobs import whole_file, whole_folder
@@ -98,7 +99,7 @@ def _flat(table, column):
     values, offsets = _numpy(array.values), _numpy(array.offsets)
     return (values[:offsets[-1]], offsets) if offsets[0] == 0 else (values[offsets[0]:offsets[-1]], offsets - offsets[0])  # a slice of a table
 
-# %% ../nbs/02_sequences.ipynb #14e8d2d4
+# %% ../nbs/02_sequences.ipynb #c5fcb074
 def _take_lists(values, offsets, rows):
     "The chosen pieces of a flat array, with their offsets."
     lengths = np.diff(offsets)[rows]
@@ -121,7 +122,10 @@ def row_numbers(
     return rows.astype(np.int64)
 
 
-def take_rows(table, rows):
+def take_rows(
+    table: pa.Table, # with the columns of a store
+    rows, # (n,) numbers of rows, in any order
+) -> pa.Table: # in memory
     "The chosen rows of a store's table, in their order."
     scalars = [table.column(c).take(pa.array(rows)).combine_chunks() for c in STORE_SCHEMA.names[:5]]
     return pa.table([*scalars, *(_list_array(c, *_take_lists(*_flat(table, c), rows)) for c in STORE_SCHEMA.names[5:])], schema=STORE_SCHEMA)
@@ -185,7 +189,7 @@ class StoreArrays:
         "Number of visits of each patient."
         return np.diff(self.first_visit)
 
-# %% ../nbs/02_sequences.ipynb #9e8cdfe0
+# %% ../nbs/02_sequences.ipynb #3f639ff9
 class SequenceStore(StoreArrays):
     "Token sequences of patients, one row each, with the boundaries and times of their visits. Made by `build_store` or `ehrseq_prepare`, opened by `load_sequences`."
     def __getitem__(self, row): # int -> for each visit its start and token names; slice -> SequenceStore
@@ -210,49 +214,19 @@ class SequenceStore(StoreArrays):
         part.meta = self.meta | _counts(part)
         return part
 
-    def subset(self,
-        subject_ids, # ids of patients
-    ): # -> SequenceStore in memory, in the order of `subject_ids`
-        "A store of the chosen patients. Raises `KeyError` if some are not here."
-        wanted = np.asarray(list(subject_ids), dtype=np.int64)
-        order = np.argsort(self.subject_ids, kind="stable")
-        found = np.searchsorted(self.subject_ids, wanted, sorter=order)
-        rows = order[np.minimum(found, len(self) - 1)] if len(self) else np.zeros(len(wanted), np.int64)
-        missing = int((self.subject_ids[rows] != wanted).sum()) if len(self) else len(wanted)
-        if missing: raise KeyError(f"subject_ids: {missing} of {len(wanted)} patients are not in this store")
-        return self.take(rows)
-
-    def split(self,
-        fractions=None, # of training, tuning and held-out patients, for a new random split; None for the one stored
-        seed: int = 0, # of a new split
-    ) -> dict: # name -> SequenceStore
-        "Stores of the training, tuning and held-out patients. Raises `ValueError` if no split is stored and none is asked for."
-        splits = self.splits if fractions is None else draw_splits(self.subject_ids, fractions, seed)
-        if (splits < 0).all(): raise ValueError("fractions: no split is stored with these sequences. Give fractions of training, tuning and held-out patients, such as (0.6, 0.15, 0.25).")
-        return {name: self.take(np.flatnonzero(splits == i)) for i, name in enumerate(SPLITS)}
-
-    def fingerprint(self,
-        rows=None, # numbers of rows, in any order, or a mask; all if None
-    ) -> str: # 64 hexadecimal digits
-        "SHA-256 of what a model sees: the same for the same data, wherever they lie and whatever the subject ids are. Raises `TypeError`, `IndexError`."
-        if rows is None and self._digests is None: self._digests = _column_digests(self)
-        digests = self._digests if rows is None else _column_digests(self, row_numbers(rows, len(self)))
-        codes = {name: getattr(self.vocabulary, name) for name in ("tokens", "value_edges", "excluded", "roll_up")}  # names are for display
-        return hashlib.sha256(json.dumps({"schema": SCHEMA_VERSION, "columns": digests, "vocabulary": codes}, sort_keys=True).encode()).hexdigest()
-
-    def describe(self): # -> data frame of `describe_store`
-        "Count and describe what is here."
-        return describe_store(self)
-
-    def plot(self, axes=None): # axes of `plot_store`
-        "Draw what is here."
-        return plot_store(self, axes)
-
-    def save(self,
-        path, # new folder
-    ):
-        "Write `sequences.arrow`, `vocabulary.json` and `meta.json`; the folder appears whole or not at all. Raises `FileExistsError`."
-        with whole_folder(path) as folder: write_store(folder, [self.table], self.vocabulary, self.meta)
+# %% ../nbs/02_sequences.ipynb #2f5fca48
+@patch
+def subset(self: SequenceStore,
+    subject_ids, # ids of patients
+): # -> SequenceStore in memory, in the order of `subject_ids`
+    "A store of the chosen patients. Raises `KeyError` if some are not here."
+    wanted = np.asarray(list(subject_ids), dtype=np.int64)
+    order = np.argsort(self.subject_ids, kind="stable")
+    found = np.searchsorted(self.subject_ids, wanted, sorter=order)
+    rows = order[np.minimum(found, len(self) - 1)] if len(self) else np.zeros(len(wanted), np.int64)
+    missing = int((self.subject_ids[rows] != wanted).sum()) if len(self) else len(wanted)
+    if missing: raise KeyError(f"subject_ids: {missing} of {len(wanted)} patients are not in this store")
+    return self.take(rows)
 
 # %% ../nbs/02_sequences.ipynb #9b500595
 def open_table(
@@ -291,7 +265,7 @@ def _counts(store):
     return {"patients": len(store), "visits": len(store.visit_starts), "tokens": len(store.tokens), "vocabulary": len(store.vocabulary),
             "unknown_tokens": int((store.tokens == UNK).sum()), "splits": {name: int((store.splits == i).sum()) for i, name in enumerate(SPLITS)}}
 
-# %% ../nbs/02_sequences.ipynb #d14ecdd0
+# %% ../nbs/02_sequences.ipynb #b348d7d4
 def write_store(
     folder, # existing folder
     blocks, # tables with the columns of a store
@@ -304,6 +278,14 @@ def write_store(
     (folder/"vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
     meta = {"schema_version": SCHEMA_VERSION} | meta | _counts(SequenceStore(open_table(folder/"sequences.arrow"), vocabulary))
     (folder/"meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+@patch
+def save(self: SequenceStore,
+    path, # new folder
+):
+    "Write `sequences.arrow`, `vocabulary.json` and `meta.json`; the folder appears whole or not at all. Raises `FileExistsError`."
+    with whole_folder(path) as folder: write_store(folder, [self.table], self.vocabulary, self.meta)
 
 # %% ../nbs/02_sequences.ipynb #88b373a7
 def draw_splits(
@@ -328,6 +310,17 @@ def known_splits(
     if splits is None: return np.full(len(subject_ids), -1, dtype=np.int8)
     frame = pl.DataFrame({"subject_id": subject_ids}).join(splits, on="subject_id", how="left", maintain_order="left")
     return frame["split"].replace_strict(list(SPLITS), range(len(SPLITS)), default=-1, return_dtype=pl.Int8).to_numpy()
+
+# %% ../nbs/02_sequences.ipynb #f4ae4763
+@patch
+def split(self: SequenceStore,
+    fractions=None, # of training, tuning and held-out patients, for a new random split; None for the one stored
+    seed: int = 0, # of a new split
+) -> dict: # name -> SequenceStore
+    "Stores of the training, tuning and held-out patients. Raises `ValueError` if no split is stored and none is asked for."
+    splits = self.splits if fractions is None else draw_splits(self.subject_ids, fractions, seed)
+    if (splits < 0).all(): raise ValueError("fractions: no split is stored with these sequences. Give fractions of training, tuning and held-out patients, such as (0.6, 0.15, 0.25).")
+    return {name: self.take(np.flatnonzero(splits == i)) for i, name in enumerate(SPLITS)}
 
 # %% ../nbs/02_sequences.ipynb #cfbabd1a
 def build_store(
@@ -363,6 +356,17 @@ def _column_digests(store, rows=None, block_rows=16384):
         digests[column] = digest.hexdigest()
     return digests
 
+# %% ../nbs/02_sequences.ipynb #6f7af0da
+@patch
+def fingerprint(self: SequenceStore,
+    rows=None, # numbers of rows, in any order, or a mask; all if None
+) -> str: # 64 hexadecimal digits
+    "SHA-256 of what a model sees: the same for the same data, wherever they lie and whatever the subject ids are. Raises `TypeError`, `IndexError`."
+    if rows is None and self._digests is None: self._digests = _column_digests(self)
+    digests = self._digests if rows is None else _column_digests(self, row_numbers(rows, len(self)))
+    codes = {name: getattr(self.vocabulary, name) for name in ("tokens", "value_edges", "excluded", "roll_up")}  # names are for display
+    return hashlib.sha256(json.dumps({"schema": SCHEMA_VERSION, "columns": digests, "vocabulary": codes}, sort_keys=True).encode()).hexdigest()
+
 # %% ../nbs/02_sequences.ipynb #92ac6dce
 _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
@@ -389,22 +393,38 @@ def describe_store(
     import pandas as pd  # a process that works on a shard does not need it
     return pd.DataFrame.from_dict(rows, orient="index", columns=["total", "mean", *names])
 
-# %% ../nbs/02_sequences.ipynb #d1c17a35
+# %% ../nbs/02_sequences.ipynb #e375392e
+_PANELS = {"visits per patient": "patients", "codes per visit": "visits", "days between visits": "gaps", "years from first to last visit": "patients"}  # quantity -> of what
+
+
 def plot_store(
     store: SequenceStore, # what to draw
     axes=None, # four matplotlib axes; new ones if None
-):
+): # the four axes
     "Cumulative shares: of patients with at most so many visits, of visits with at most so many codes, and so on. The dashed line is the median."
     import matplotlib.pyplot as plt
-    if axes is None: axes = plt.subplots(1, 4, figsize=(11, 2.5), layout="constrained", sharey=True)[1]
+    if axes is None: axes = plt.subplots(2, 2, figsize=(7, 4.6), layout="constrained")[1].ravel()
     drawn, levels = _distributions(store), np.linspace(0, 1, 401)
-    for ax, name in zip(axes, ("visits per patient", "codes per visit", "days between visits", "years from first to last visit")):
-        ax.set(title=name)
+    for ax, (name, of) in zip(axes, _PANELS.items()):
+        ax.set(xlabel=name, ylabel=f"{of}, cumulative %", ylim=(0, 102))
         if not len(drawn[name]): ax.set(xticks=[]); continue
         low = 0 if "years" in name else 0.5 if "days" in name else 1  # on a logarithmic scale zeros are drawn at `low`
         values = np.maximum(np.quantile(drawn[name], levels), low)
         ax.step(values, 100 * levels, where="post", color="C0")
         ax.axvline(values[200], color="black", lw=1, ls="--")
-        ax.set(xscale="log" if low else "linear", ylim=(0, 102))
-    axes[0].set(ylabel="at most this, %")
+        if low: ax.set_xscale("log"); ax.xaxis.set_major_formatter("{x:g}")
     return axes
+
+
+@patch
+def describe(self: SequenceStore): # -> pandas data frame, as `describe_store` gives it
+    "Count and describe what is here."
+    return describe_store(self)
+
+
+@patch
+def plot(self: SequenceStore,
+    axes=None, # four matplotlib axes; new ones if None
+): # the four axes
+    "Draw what is here."
+    return plot_store(self, axes)

@@ -7,7 +7,7 @@ __all__ = ['SPECIAL_TOKENS', 'PAD', 'UNK', 'MASK', 'CLS', 'SEP', 'roll_up_code',
            'index_records', 'count_values', 'add_counts', 'fit_value_edges', 'token_names', 'token_numbers',
            'Vocabulary', 'count_tokens', 'make_vocabulary', 'fit_vocabulary']
 
-# %% ../nbs/01b_vocabulary.ipynb #6d57251c
+# %% ../nbs/01b_vocabulary.ipynb #0609e0bc
 import json
 import re
 from dataclasses import dataclass, field, fields
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from fastcore.basics import patch
 
 from .events import STRUCTURAL_CODES, follow_up, group_visits
 from .jobs import whole_file
@@ -52,7 +53,7 @@ def is_excluded(
     "Whether a code is to be left out."
     return any(code.startswith(p[:-1]) if p.endswith("*") else code == p for p in patterns)
 
-# %% ../nbs/01b_vocabulary.ipynb #93bf8d9e
+# %% ../nbs/01b_vocabulary.ipynb #57e53fe2
 @dataclass
 class Records:
     "The visits of a shard of patients as flat arrays, with codes as numbers; patients ordered by id. Made by `index_records`."
@@ -73,33 +74,37 @@ class Records:
 
     def __len__(self): return len(self.subject_ids)
 
-    def save(self, path): # new `.npz` file
+    def save(self,
+        path, # new `.npz` file
+    ):
         "Write the arrays; the file appears whole or not at all."
         arrays = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
         names = np.frombuffer(json.dumps(self.names).encode(), dtype=np.uint8)
         with whole_file(path) as partial, open(partial, "wb") as handle: np.savez(handle, names=names, **arrays)
 
     @classmethod
-    def load(cls, path): # -> Records
+    def load(cls,
+        path, # file that `save` wrote
+    ): # -> Records
         "Read what `save` wrote."
         with np.load(path, allow_pickle=False) as arrays:
             return cls(json.loads(arrays["names"].tobytes()), *(arrays[f.name] for f in fields(cls)[1:]))
 
-
+# %% ../nbs/01b_vocabulary.ipynb #5d5d3423
 def offsets_of(
     lengths, # (n,) of pieces that lie one after the other
 ) -> np.ndarray: # (n + 1,) int64
     "Where pieces of these lengths begin, and where the last one ends."
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
-# %% ../nbs/01b_vocabulary.ipynb #d613763c
+# %% ../nbs/01b_vocabulary.ipynb #80bbb2b0
 def _number_codes(series, exclude, roll_up):
     "Sorted names, and the number of each code of the series; -1 for codes left out."
     found = series.unique().sort().to_list()
     targets = [None if c in STRUCTURAL_CODES or (exclude and is_excluded(c, exclude)) else roll_up_code(c, roll_up) if roll_up else c for c in found]
     names = sorted({t for t in targets if t is not None})
     taken = [n for n in (*SPECIAL_TOKENS, *STRUCTURAL_CODES) if n in set(names)]
-    if taken: raise ValueError(f"A code of the source, or the parent of one, is called {taken[0]}, which is the name of a special token or of the frame of a record. Rename it.")
+    if taken: raise ValueError(f"code: one of the source, or the parent of one, is called {taken[0]}, which is the name of a special token or of the frame of a record. Rename it.")
     number = {name: i for i, name in enumerate(names)} | {None: -1}
     numbers = np.array([number[t] for t in targets], dtype=np.int32)
     return names, numbers[series.cast(pl.Enum(found)).to_physical().to_numpy()]
@@ -181,7 +186,7 @@ def fit_value_edges(
     edges = values.group_by("code", maintain_order=True).agg(edges=pl.concat_list(*[pl.col("value").filter(pl.col("below") > r).first() for r in ranks])) if ranks else values.clear()
     return {code: sorted(set(found)) for code, found in edges.select("code", "edges").iter_rows()} if ranks else {}
 
-# %% ../nbs/01b_vocabulary.ipynb #69f678b2
+# %% ../nbs/01b_vocabulary.ipynb #b3512f1f
 def _ordered_bits(values):
     "Integers in [-2**31, 2**31) in the order of the float32 values."
     bits = (values + np.float32(0)).view(np.int32).astype(np.int64)
@@ -194,7 +199,7 @@ def token_names(
 ) -> list: # each code, and after it its bins
     "All tokens that the codes can become: each code, then its bins. Raises `ValueError` for a code that is called as a bin of another."
     clash = [base for base, mark, k in (n.rpartition("//Q") for n in names) if mark and base in value_edges and k.isdigit()]
-    if clash: raise ValueError(f"A code of the source is called as a bin of '{clash[0]}' would be ('{clash[0]}//Q' and a number). Rename it.")
+    if clash: raise ValueError(f"code: one of the source is called as a bin of '{clash[0]}' would be ('{clash[0]}//Q' and a number). Rename it.")
     return [token for name in names for token in (name, *(f"{name}//Q{k + 1}" for k in range(len(value_edges[name]) + 1 if name in value_edges else 0)))]
 
 
@@ -217,7 +222,7 @@ def token_numbers(
     numbers[valued] += 1 + below
     return numbers
 
-# %% ../nbs/01b_vocabulary.ipynb #032c64d4
+# %% ../nbs/01b_vocabulary.ipynb #bd199ea3
 @dataclass
 class Vocabulary:
     "Codes as integers, and values as quantile bins. Make one with `fit_vocabulary`."
@@ -234,30 +239,40 @@ class Vocabulary:
 
     def __len__(self): return len(self.tokens)
 
-    def encode(self, names) -> list: # token ids; `[UNK]` for unknown names
+    def encode(self,
+        names, # token names
+    ) -> list: # token ids; that of `[UNK]` for unknown names
         "Ids of token names."
         return [self.index.get(n, UNK) for n in names]
 
-    def decode(self, ids) -> list: # token names
+    def decode(self,
+        ids, # token ids
+    ) -> list: # token names
         "Names of token ids."
         return [self.tokens[int(i)] for i in ids]
-
-    def name_of(self, token: str) -> str: # the name of its code with its bin, or the token itself
-        "The display name of a token."
-        code, mark, quantile = token.rpartition("//Q")
-        if mark and quantile.isdigit() and code in self.value_edges: return f"{self.names.get(code, code)}, bin {quantile} of {len(self.value_edges[code]) + 1}"
-        return self.names.get(token, token)
 
     def to_json(self) -> str: # text that `Vocabulary.from_json` reads
         "The vocabulary as JSON."
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, indent=1, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str): # -> Vocabulary
+    def from_json(cls,
+        text: str, # that `to_json` wrote
+    ): # -> Vocabulary
         "Read what `to_json` wrote."
         return cls(**json.loads(text))
 
-# %% ../nbs/01b_vocabulary.ipynb #92f1ce67
+# %% ../nbs/01b_vocabulary.ipynb #6852e5f7
+@patch
+def name_of(self: Vocabulary,
+    token: str, # name of a token
+) -> str: # the name of its code with its bin, or the token itself where no name is known
+    "The display name of a token."
+    code, mark, quantile = token.rpartition("//Q")
+    if mark and quantile.isdigit() and code in self.value_edges: return f"{self.names.get(code, code)}, bin {quantile} of {len(self.value_edges[code]) + 1}"
+    return self.names.get(token, token)
+
+# %% ../nbs/01b_vocabulary.ipynb #e15896e9
 def count_tokens(
     records: Records, # a shard
     training: np.ndarray, # (N,) bool, which patients are training patients
@@ -281,13 +296,13 @@ def make_vocabulary(
 ) -> Vocabulary: # tokens ordered by how many events they have, then by name
     "The vocabulary of the tokens that enough patients have. Raises `ValueError` if none is left."
     kept = counts.filter(pl.col("patients") >= min_patients).sort("n", "token", descending=[True, False])
-    if not len(kept): raise ValueError(f"No code occurs in {min_patients} or more training patients. Lower min_patients or use more patients.")
+    if not len(kept): raise ValueError(f"min_patients: no code occurs in {min_patients} or more training patients. Lower min_patients or use more patients.")
     vocabulary = Vocabulary([*SPECIAL_TOKENS, *kept["token"]], value_edges, sorted(exclude), list(roll_up))
     codes = set(vocabulary.tokens) | {code for code in value_edges if any(f"{code}//Q{k}" in vocabulary.index for k in range(1, len(value_edges[code]) + 2))}
     vocabulary.names = {code: name for code, name in (names or {}).items() if code in codes}
     return vocabulary
 
-# %% ../nbs/01b_vocabulary.ipynb #9c74ff3d
+# %% ../nbs/01b_vocabulary.ipynb #64461089
 def fit_vocabulary(
     events: pl.DataFrame, # event table
     subject_ids=None, # the training patients; everybody if None
@@ -297,7 +312,7 @@ def fit_vocabulary(
     roll_up=(), # rules of `roll_up_code`
     names=None, # code -> name for display, such as `EventTable.names`
 ) -> Vocabulary: # tokens ordered by how many events they have, then by name
-    "Fit codes and quantile edges on the training patients. Raises `ValueError` if no code is left."
+    "Fit codes and quantile edges on the training patients, in memory. Raises `ValueError` if no code is left."
     if subject_ids is not None: events = events.filter(pl.col("subject_id").is_in([int(s) for s in subject_ids]))
     records = index_records(events, exclude, roll_up)
     everybody = np.ones(len(records), dtype=bool)

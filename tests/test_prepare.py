@@ -254,7 +254,7 @@ SLIPS = {  # options -> what the one line says
     "too many shards": (["--n_shards", 10_000], "n_shards: expected 1 to 1000"),
     "an address that is none": (["--cluster", "junk"], "expected the address of a Dask scheduler"),
     "fractions that are none": (["--train_fraction", "nan"], "fractions: expected three numbers"),
-    "rare everything": (["--min_patients", 10**9], "No code occurs in 1000000000 or more training patients")}
+    "rare everything": (["--min_patients", 10**9], "min_patients: no code occurs in 1000000000 or more training patients")}
 
 
 @pytest.mark.parametrize("slip", SLIPS)

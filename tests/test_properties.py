@@ -59,7 +59,7 @@ def store_of(rows, min_patients=1):
     events = table_of(rows)
     try: vocabulary = fit_vocabulary(events, min_patients=min_patients, n_value_bins=3)
     except ValueError as error:
-        assert "No code occurs" in str(error)
+        assert "no code occurs" in str(error)
         return None
     return build_store(EventTable(events), vocabulary)
 

@@ -89,7 +89,7 @@ def _minus(x, y) -> np.ndarray:
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)
 
-# %% ../nbs/10c_bootstrap.ipynb #85e5fb8b
+# %% ../nbs/10c_bootstrap.ipynb #c376002d
 @dataclass(frozen=True)
 class Bootstrap:
     "Estimates of one or more metrics with their bootstrap draws; all of them on the same draws."
@@ -104,7 +104,9 @@ class Bootstrap:
             raise ValueError(f"{name}: undefined for {len(self.draws) - len(draws)} of {len(self.draws)} bootstrap draws; there are too few events (or controls) for an interval")
         return draws, influence
 
-    def left_out(self, name: str) -> int: # draws
+    def left_out(self,
+        name: str, # of the metric
+    ) -> int: # draws
         "How many draws are left out because the metric is undefined for them."
         return int(self.draws[name].isna().sum())
 
@@ -140,9 +142,12 @@ def p_value(
     tail = ndtr(z / (1 + acceleration * z) - bias)
     return float(2 * min(tail, 1 - tail))
 
-# %% ../nbs/10c_bootstrap.ipynb #054399e2
+# %% ../nbs/10c_bootstrap.ipynb #5a530b4d
 @patch
-def difference(self: Bootstrap, first: str, second: str) -> "Bootstrap": # of "first - second"
+def difference(self: Bootstrap,
+    first: str, # name of a metric or model
+    second: str, # the one that is subtracted
+) -> "Bootstrap": # of "first - second"
     "The paired difference of two metrics (or models) on the same draws."
     name = f"{first} - {second}"
     draws, influence = (pd.DataFrame({name: _minus(frame[first], frame[second])}) for frame in (self.draws, self.influence))
@@ -150,7 +155,10 @@ def difference(self: Bootstrap, first: str, second: str) -> "Bootstrap": # of "f
 
 
 @patch
-def table(self: Bootstrap, level: float = 0.95, method: str = "bca") -> pd.DataFrame: # a row for each metric: value, low, high, left_out
+def table(self: Bootstrap,
+    level: float = 0.95, # coverage of the intervals
+    method: str = "bca", # or "percentile"
+) -> pd.DataFrame: # a row for each metric: value, low, high, left_out
     "All metrics with their intervals. Raises `ValueError` as `interval`."
     return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
                          for name, value in self.estimates.items()], index=list(self.estimates))

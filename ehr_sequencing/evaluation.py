@@ -182,7 +182,7 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
 
-# %% ../nbs/10e_evaluation.ipynb #2874bb16
+# %% ../nbs/10e_evaluation.ipynb #ef080f6f
 def _check_options(durations, risks, groups, reference, n_resamples, level, method, undefined):
     "Raise `ValueError` for options of `evaluate_survival` that cannot be meant: wrong input is not a metric to leave out."
     if undefined not in ("raise", "omit"): raise ValueError(f"undefined: expected 'raise' or 'omit', got {undefined!r}")
@@ -195,7 +195,7 @@ def _check_options(durations, risks, groups, reference, n_resamples, level, meth
 def _chosen_metrics(metrics, competing: bool, n_horizons: int) -> tuple:
     "The metrics asked for; if none are named, all that are defined. Raises `ValueError` for an unknown one and for one that is not defined."
     chosen = METRICS if metrics is None else tuple(metrics)
-    if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
+    if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}")
     if metrics is None: return tuple(n for n in chosen if not (competing and n == "d_calibration_p") and not (n_horizons == 1 and n in ("mean_auc", "integrated_brier")))
     if competing and "d_calibration_p" in chosen: raise ValueError("metrics: d_calibration_p is not defined with competing risks")
     if n_horizons == 1 and {"mean_auc", "integrated_brier"} & {*chosen}: raise ValueError("metrics: mean_auc and integrated_brier need at least two horizons")

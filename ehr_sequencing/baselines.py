@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GROUPS', 'history_counts', 'landmark_ages', 'LandmarkFeatures', 'LandmarkModel', 'CoxBaseline']
 
-# %% ../nbs/14_baselines.ipynb #1af21ee9
+# %% ../nbs/14_baselines.ipynb #fe968cdc
 import copy
 import warnings
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from lifelines import CoxPHFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 from scipy.sparse import csr_matrix, hstack, vstack
@@ -71,7 +72,7 @@ def _facts(landmarks, groups):
     if "visits" in groups: columns["log visits"] = np.log1p(landmarks.visits + 1.0)
     return list(columns), np.stack(list(columns.values()), 1) if columns else np.zeros((n, 0))
 
-# %% ../nbs/14_baselines.ipynb #003f111d
+# %% ../nbs/14_baselines.ipynb #04efae37
 class LandmarkFeatures:
     "Scaled features at landmarks: groups among age, sex, log counts of frequent codes, and the log number of visits. Raises `ValueError` for other groups, and for a number of codes below 1."
     n_parameters = 0 # numbers that were learned to make features, apart from means and scales
@@ -97,36 +98,40 @@ class LandmarkFeatures:
         mean, square = (np.asarray(c[:, chosen].mean(0)).ravel() for c in (counts, counts.multiply(counts).tocsr()))
         return np.asarray(ids, np.int64)[chosen], np.sqrt(square - mean**2)
 
-    def fit(self,
-        train: Landmarks, # to choose codes and scales on
-    ): # -> self
-        "Choose codes, learn means and scales. Raises `ValueError` if groups are named and nothing varies."
-        self.vocabulary = train.store.vocabulary
-        names, facts = _facts(train, self.groups)
-        known = ~np.isnan(facts)
-        self.mean = np.where(known, facts, 0).sum(0) / np.maximum(known.sum(0), 1)
-        self.scale = np.sqrt(np.where(known, (facts - self.mean) ** 2, 0).sum(0) / np.maximum(known.sum(0), 1))
-        self.varies = self.scale > 1e-6
-        self.tokens, self.code_scale = self._choose_codes(train)
-        self.names = [n for n, v in zip(names, self.varies) if v] + self.vocabulary.decode(self.tokens)
-        if self.groups and not self.names: raise ValueError(f"features: nothing of {', '.join(self.groups)} varies among the training landmarks, so there is nothing to fit")
-        return self
+# %% ../nbs/14_baselines.ipynb #02fcabc0
+@patch
+def fit(self: LandmarkFeatures,
+    train: Landmarks, # to choose codes and scales on
+): # -> self
+    "Choose codes, learn means and scales. Raises `ValueError` if groups are named and nothing varies."
+    self.vocabulary = train.store.vocabulary
+    names, facts = _facts(train, self.groups)
+    known = ~np.isnan(facts)
+    self.mean = np.where(known, facts, 0).sum(0) / np.maximum(known.sum(0), 1)
+    self.scale = np.sqrt(np.where(known, (facts - self.mean) ** 2, 0).sum(0) / np.maximum(known.sum(0), 1))
+    self.varies = self.scale > 1e-6
+    self.tokens, self.code_scale = self._choose_codes(train)
+    self.names = [n for n, v in zip(names, self.varies) if v] + self.vocabulary.decode(self.tokens)
+    if self.groups and not self.names: raise ValueError(f"features: nothing of {', '.join(self.groups)} varies among the training landmarks, so there is nothing to fit")
+    return self
 
-    def transform(self,
-        landmarks: Landmarks, # moments of prediction
-    ) -> csr_matrix: # (n, features), in the order of `names`
-        "Scaled features; what is not known gets the mean. Raises `ValueError` for a store of another vocabulary."
-        check_vocabulary(landmarks, self.vocabulary)
-        facts = ((_facts(landmarks, self.groups)[1] - self.mean) / np.where(self.varies, self.scale, 1))[:, self.varies]
-        codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
-        return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
 
-# %% ../nbs/14_baselines.ipynb #72359027
+@patch
+def transform(self: LandmarkFeatures,
+    landmarks: Landmarks, # moments of prediction
+) -> csr_matrix: # (n, features), in the order of `names`
+    "Scaled features; what is not known gets the mean. Raises `ValueError` for a store of another vocabulary."
+    check_vocabulary(landmarks, self.vocabulary)
+    facts = ((_facts(landmarks, self.groups)[1] - self.mean) / np.where(self.varies, self.scale, 1))[:, self.varies]
+    codes = history_counts(landmarks, self.tokens).log1p().multiply(1 / self.code_scale)
+    return hstack([csr_matrix(np.nan_to_num(facts)), codes], format="csr")
+
+# %% ../nbs/14_baselines.ipynb #1ae455d1
 def _check_fitting(landmarks, name):
     "Raise `ValueError` for landmarks without an event."
     if not len(landmarks) or not landmarks.events.any(): raise ValueError(f"{name}: none of the {len(landmarks)} landmarks ends with the event, so there is nothing to learn from; give more patients")
 
-# %% ../nbs/14_baselines.ipynb #19c9c757
+
 class LandmarkModel:
     "Base of the models that are fitted on features at landmarks."
     def __init__(self,
@@ -160,23 +165,26 @@ class LandmarkModel:
     def _check_fitted(self):
         if self.model is None: raise NotFittedError(f"{type(self).__name__}: not fitted yet; call fit(train, validation) first")
 
-    def predict_risk(self,
-        landmarks: Landmarks, # moments of prediction
-        horizons, # (H,) days, or one number; at most the follow-up of the training landmarks
-    ) -> np.ndarray: # (n, H) probability of the event within each horizon
-        "Risk at each landmark. Raises `NotFittedError`, a `ValueError`, before `fit`, and `ValueError` for no landmark at all, horizons outside the follow-up and a store of another vocabulary."
-        self._check_fitted()
-        horizons = np.ascontiguousarray(np.atleast_1d(horizons), dtype=float)
-        if horizons.ndim != 1 or not ((horizons > 0) & (horizons <= self.last_day)).all():
-            raise ValueError(f"horizons: expected days in (0, {self.last_day:g}], the follow-up of the training landmarks; got {horizons.tolist()}")
-        if not len(landmarks): raise ValueError("landmarks: expected at least one moment, got none")
-        return self._risk(self.model, self.features.transform(landmarks), horizons)
+# %% ../nbs/14_baselines.ipynb #84276c96
+@patch
+def predict_risk(self: LandmarkModel,
+    landmarks: Landmarks, # moments of prediction
+    horizons, # (H,) days, or one number; at most the follow-up of the training landmarks
+) -> np.ndarray: # (n, H) probability of the event within each horizon
+    "Risk at each landmark. Raises `NotFittedError`, a `ValueError`, before `fit`, and `ValueError` for no landmark at all, horizons outside the follow-up and a store of another vocabulary."
+    self._check_fitted()
+    horizons = np.ascontiguousarray(np.atleast_1d(horizons), dtype=float)
+    if horizons.ndim != 1 or not ((horizons > 0) & (horizons <= self.last_day)).all():
+        raise ValueError(f"horizons: expected days in (0, {self.last_day:g}], the follow-up of the training landmarks; got {horizons.tolist()}")
+    if not len(landmarks): raise ValueError("landmarks: expected at least one moment, got none")
+    return self._risk(self.model, self.features.transform(landmarks), horizons)
 
-    @property
-    def n_parameters(self) -> int:
-        "How many numbers were learned, those of learned features included. Raises `NotFittedError` before `fit`."
-        self._check_fitted()
-        return self._count() + self.features.n_parameters
+
+@patch(as_prop=True)
+def n_parameters(self: LandmarkModel) -> int:
+    "How many numbers were learned, those of learned features included. Raises `NotFittedError` before `fit`."
+    self._check_fitted()
+    return self._count() + self.features.n_parameters
 
 # %% ../nbs/14_baselines.ipynb #df182ce7
 class CoxBaseline(LandmarkModel):

@@ -6,12 +6,13 @@
 __all__ = ['MAX_LEFT_OUT', 'CHUNK', 'draw_counts', 'interval', 'bca_interval', 'Bootstrap', 'bootstrap', 'weighted_concordance',
            'bootstrap_concordance', 'train_minus_test']
 
-# %% ../nbs/10c_bootstrap.ipynb #f36abdae
+# %% ../nbs/10c_bootstrap.ipynb #ae94e4e3
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy.special import ndtr, ndtri
 from .censoring import check_level, check_risks, check_survival
 from .metrics import comparison_keys, concordance_index, pair_sums
@@ -88,7 +89,7 @@ def _minus(x, y) -> np.ndarray:
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     return np.where(np.isclose(x, y, rtol=1e-12, atol=0), 0.0, x - y)
 
-# %% ../nbs/10c_bootstrap.ipynb #e1769fb1
+# %% ../nbs/10c_bootstrap.ipynb #c376002d
 @dataclass(frozen=True)
 class Bootstrap:
     "Estimates of one or more metrics with their bootstrap draws; all of them on the same draws."
@@ -103,7 +104,9 @@ class Bootstrap:
             raise ValueError(f"{name}: undefined for {len(self.draws) - len(draws)} of {len(self.draws)} bootstrap draws; there are too few events (or controls) for an interval")
         return draws, influence
 
-    def left_out(self, name: str) -> int: # draws
+    def left_out(self,
+        name: str, # of the metric
+    ) -> int: # draws
         "How many draws are left out because the metric is undefined for them."
         return int(self.draws[name].isna().sum())
 
@@ -119,34 +122,46 @@ class Bootstrap:
         if method != "bca": raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
         return bca_interval(draws, self.estimates[name], influence, level)
 
-    def p_value(
-        self,
-        name: str, # of the metric
-        null: float = 0.0, # value to test against
-        method: str = "bca", # or "percentile"
-    ) -> float: # two-sided
-        "The smallest 1 - level at which the interval excludes `null`. Raises `ValueError` as `interval`."
-        draws, influence = self._defined(name)
-        below, above = ((1 + np.sum(side)) / (len(draws) + 1) for side in (draws <= null, draws >= null))
-        if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
-        if min(below, above) >= 0.5: return 1.0  # as where the draws do not vary
-        if method == "percentile": return float(2 * min(below, above))
-        bias, acceleration = _bias_and_acceleration(draws, self.estimates[name], influence)
-        z = (ndtri(below) if below < above else ndtri(1 - above)) - bias
-        if acceleration * z <= -1: raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile'")
-        tail = ndtr(z / (1 + acceleration * z) - bias)
-        return float(2 * min(tail, 1 - tail))
+# %% ../nbs/10c_bootstrap.ipynb #a2954606
+@patch
+def p_value(
+    self: Bootstrap,
+    name: str, # of the metric
+    null: float = 0.0, # value to test against
+    method: str = "bca", # or "percentile"
+) -> float: # two-sided
+    "The smallest 1 - level at which the interval excludes `null`. Raises `ValueError` as `interval`."
+    draws, influence = self._defined(name)
+    below, above = ((1 + np.sum(side)) / (len(draws) + 1) for side in (draws <= null, draws >= null))
+    if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
+    if min(below, above) >= 0.5: return 1.0  # as where the draws do not vary
+    if method == "percentile": return float(2 * min(below, above))
+    bias, acceleration = _bias_and_acceleration(draws, self.estimates[name], influence)
+    z = (ndtri(below) if below < above else ndtri(1 - above)) - bias
+    if acceleration * z <= -1: raise ValueError("influence: a few patients decide the metric (the acceleration of BCa is too large); use method='percentile'")
+    tail = ndtr(z / (1 + acceleration * z) - bias)
+    return float(2 * min(tail, 1 - tail))
 
-    def difference(self, first: str, second: str) -> "Bootstrap": # of "first - second"
-        "The paired difference of two metrics (or models) on the same draws."
-        name = f"{first} - {second}"
-        draws, influence = (pd.DataFrame({name: _minus(frame[first], frame[second])}) for frame in (self.draws, self.influence))
-        return Bootstrap({name: float(_minus(self.estimates[first], self.estimates[second]))}, draws, influence)
+# %% ../nbs/10c_bootstrap.ipynb #5a530b4d
+@patch
+def difference(self: Bootstrap,
+    first: str, # name of a metric or model
+    second: str, # the one that is subtracted
+) -> "Bootstrap": # of "first - second"
+    "The paired difference of two metrics (or models) on the same draws."
+    name = f"{first} - {second}"
+    draws, influence = (pd.DataFrame({name: _minus(frame[first], frame[second])}) for frame in (self.draws, self.influence))
+    return Bootstrap({name: float(_minus(self.estimates[first], self.estimates[second]))}, draws, influence)
 
-    def table(self, level: float = 0.95, method: str = "bca") -> pd.DataFrame: # a row for each metric: value, low, high, left_out
-        "All metrics with their intervals. Raises `ValueError` as `interval`."
-        return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
-                             for name, value in self.estimates.items()], index=list(self.estimates))
+
+@patch
+def table(self: Bootstrap,
+    level: float = 0.95, # coverage of the intervals
+    method: str = "bca", # or "percentile"
+) -> pd.DataFrame: # a row for each metric: value, low, high, left_out
+    "All metrics with their intervals. Raises `ValueError` as `interval`."
+    return pd.DataFrame([{"value": value, **dict(zip(("low", "high"), self.interval(name, level, method))), "left_out": self.left_out(name)}
+                         for name, value in self.estimates.items()], index=list(self.estimates))
 
 # %% ../nbs/10c_bootstrap.ipynb #265880df
 def bootstrap(

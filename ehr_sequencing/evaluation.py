@@ -182,7 +182,26 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
 
-# %% ../nbs/10e_evaluation.ipynb #7591d6d0
+# %% ../nbs/10e_evaluation.ipynb #ef080f6f
+def _check_options(durations, risks, groups, reference, n_resamples, level, method, undefined):
+    "Raise `ValueError` for options of `evaluate_survival` that cannot be meant: wrong input is not a metric to leave out."
+    if undefined not in ("raise", "omit"): raise ValueError(f"undefined: expected 'raise' or 'omit', got {undefined!r}")
+    if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
+    if groups is not None and np.shape(groups) != durations.shape: raise ValueError(f"groups: expected shape {durations.shape}, the patient of each row, got {np.shape(groups)}")
+    check_level(level)
+    if reference is not None and (reference not in risks or not n_resamples): raise ValueError(f"reference: expected one of the models {list(risks)}, and n_resamples > 0")
+
+
+def _chosen_metrics(metrics, competing: bool, n_horizons: int) -> tuple:
+    "The metrics asked for; if none are named, all that are defined. Raises `ValueError` for an unknown one and for one that is not defined."
+    chosen = METRICS if metrics is None else tuple(metrics)
+    if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}")
+    if metrics is None: return tuple(n for n in chosen if not (competing and n == "d_calibration_p") and not (n_horizons == 1 and n in ("mean_auc", "integrated_brier")))
+    if competing and "d_calibration_p" in chosen: raise ValueError("metrics: d_calibration_p is not defined with competing risks")
+    if n_horizons == 1 and {"mean_auc", "integrated_brier"} & {*chosen}: raise ValueError("metrics: mean_auc and integrated_brier need at least two horizons")
+    return chosen
+
+# %% ../nbs/10e_evaluation.ipynb #ba68f058
 def evaluate_survival(
     durations, # (n,) days to the event or censoring
     events, # (n,) bool: event of interest observed; may be None where `event_types` is given
@@ -205,16 +224,9 @@ def evaluate_survival(
 
     Raises `ValueError` for wrong input and, unless told to omit it, for a metric that is undefined, naming model, metric, horizon and reason."""
     setting = durations, types, risks, horizons, train_durations, train_types = _inputs(durations, events, risks, horizons, train_durations, train_events, event_types, train_event_types)
-    competing, chosen = event_types is not None, tuple(metrics) if metrics is not None else METRICS
-    if undefined not in ("raise", "omit"): raise ValueError(f"undefined: expected 'raise' or 'omit', got {undefined!r}")
-    if method not in ("bca", "percentile"): raise ValueError(f"method: expected 'bca' or 'percentile', got {method!r}")
-    if groups is not None and np.shape(groups) != durations.shape: raise ValueError(f"groups: expected shape {durations.shape}, the patient of each row, got {np.shape(groups)}")
-    check_level(level)
-    if reference is not None and (reference not in risks or not n_resamples): raise ValueError(f"reference: expected one of the models {list(risks)}, and n_resamples > 0")
-    if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
-    if metrics is None: chosen = tuple(n for n in chosen if not (competing and n == "d_calibration_p") and not (len(horizons) == 1 and n in ("mean_auc", "integrated_brier")))
-    elif competing and "d_calibration_p" in chosen: raise ValueError("metrics: d_calibration_p is not defined with competing risks")
-    elif len(horizons) == 1 and {"mean_auc", "integrated_brier"} & {*chosen}: raise ValueError("metrics: mean_auc and integrated_brier need at least two horizons")
+    competing = event_types is not None
+    chosen = _chosen_metrics(metrics, competing, len(horizons))
+    _check_options(durations, risks, groups, reference, n_resamples, level, method, undefined)
     table, (usable, reasons) = _Table(undefined), _split_horizons(durations, types, horizons, train_durations, train_types)
     for h, reason in reasons.items():
         for model in risks:

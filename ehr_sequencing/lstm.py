@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LEVELS', 'LSTMConfig', 'LSTMEncoder', 'LabelsAtVisits', 'LSTMBaseline', 'SurvivalLSTM', 'LSTMProgressionModel']
 
-# %% ../nbs/12_lstm.ipynb #007b3c41
+# %% ../nbs/12_lstm.ipynb #27c2e454
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -100,10 +101,10 @@ class LabelsAtVisits(ClassLabels):
         labels[(self.places[found] != places) | ~batch["sequence_mask"].numpy()] = MISSING if labels.dtype == np.int64 else np.nan
         return batch | {"labels": torch.from_numpy(labels)}
 
-# %% ../nbs/12_lstm.ipynb #03007259
+# %% ../nbs/12_lstm.ipynb #721dd2b7
 LEVELS = ("patient", "visit")
 
-# %% ../nbs/12_lstm.ipynb #dda573fe
+
 class LSTMBaseline(SavedModel):
     """LSTM encoder, one linear layer: an answer a patient from the final state, or one at each visit.
 
@@ -122,7 +123,7 @@ class LSTMBaseline(SavedModel):
         if not isinstance(n_labels, int) or n_labels < 1 + (problem == "multiclass") or (problem == "binary" and n_labels != 1):
             raise ValueError(f"n_labels: expected 1 for a binary problem, 2 or more classes, or 1 or more labels at once; got {n_labels!r} for a {problem} problem")
         class_probabilities(torch.empty((0,) if problem == "binary" else (0, n_labels)), problem, class_weights)  # raises for what does not fit
-        check_direction(config.bidirectional and level == "visit", allow_future_leakage, "bidirectional=True", "bidirectional=False")
+        if level == "visit": check_direction(config, allow_future_leakage)
         if class_weights is not None: class_weights = np.asarray(class_weights, dtype=float).tolist()
         super().__init__(config, n_labels=n_labels, problem=problem, level=level, class_weights=class_weights, allow_future_leakage=allow_future_leakage)
         self.problem, self.level, self.class_weights = problem, level, class_weights
@@ -135,30 +136,33 @@ class LSTMBaseline(SavedModel):
         logits = self.head(self.dropout(states))
         return logits.squeeze(-1) if self.problem == "binary" else logits
 
-    def loss(self,
-        outputs: Tensor, # logits of `forward`
-        batch: dict, # with `labels`, beside the logits; those at places that are no visits do not count
-    ) -> tuple: # scalar mean over the known labels, their number
-        "`classification_loss`. Raises `KeyError` without labels, `ValueError` for labels that do not fit the problem."
-        labels, real = batch["labels"], batch["sequence_mask"]
-        if self.level == "visit":
-            if labels.shape[:2] != real.shape: raise ValueError(f"labels: expected shape {tuple(real.shape)} and so on, a label at each visit, got {tuple(labels.shape)}; see LabelsAtVisits")
-            outputs, labels = outputs[real], labels[real]  # (visits,) or (visits, n_labels)
-        return classification_loss(outputs, labels, self.problem, self.class_weights)
-
     @property
     def causal(self) -> bool: # an answer depends on no later visit
         "Whether it answers at visits and reads forward only."
         return self.level == "visit" and not self.lstm_encoder.config.bidirectional
 
-    @torch.no_grad()
-    def predict_probabilities(self, batch: dict) -> Tensor: # shape of the logits
-        "Probabilities in evaluation mode, with the weights of the classes divided out."
-        with evaluating(self): logits = self(batch)
-        one_by_one = logits.flatten(0, 1) if self.level == "visit" else logits
-        return class_probabilities(one_by_one, self.problem, self.class_weights).view(logits.shape)
+# %% ../nbs/12_lstm.ipynb #c5070981
+@patch
+def loss(self: LSTMBaseline,
+    outputs: Tensor, # logits of `forward`
+    batch: dict, # with `labels`, beside the logits; those at places that are no visits do not count
+) -> tuple: # scalar mean over the known labels, their number
+    "`classification_loss`. Raises `KeyError` without labels, `ValueError` for labels that do not fit the problem."
+    labels, real = batch["labels"], batch["sequence_mask"]
+    if self.level == "visit":
+        if labels.shape[:2] != real.shape: raise ValueError(f"labels: expected shape {tuple(real.shape)} and so on, a label at each visit, got {tuple(labels.shape)}; see LabelsAtVisits")
+        outputs, labels = outputs[real], labels[real]  # (visits,) or (visits, n_labels)
+    return classification_loss(outputs, labels, self.problem, self.class_weights)
 
-# %% ../nbs/12_lstm.ipynb #80f840fe
+
+@patch
+def predict_probabilities(self: LSTMBaseline, batch: dict) -> Tensor: # shape of the logits
+    "Probabilities in evaluation mode, with the weights of the classes divided out."
+    with torch.no_grad(), evaluating(self): logits = self(batch)
+    one_by_one = logits.flatten(0, 1) if self.level == "visit" else logits
+    return class_probabilities(one_by_one, self.problem, self.class_weights).view(logits.shape)
+
+# %% ../nbs/12_lstm.ipynb #3261f715
 class SurvivalLSTM(SurvivalModel):
     "LSTM encoder, hazard head. Refuses an encoder that reads both ways unless told that it leaks. Batches as for `LSTMEncoder`."
     config_class, encoder, layout = LSTMConfig, "lstm_encoder", "hierarchical"
@@ -169,7 +173,7 @@ class SurvivalLSTM(SurvivalModel):
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
         objective="nll", # what is minimised: "nll", "ranking", "hybrid", or an `Objective`
     ):
-        check_direction(config.bidirectional, allow_future_leakage, "bidirectional=True", "bidirectional=False")
+        check_direction(config, allow_future_leakage)
         super().__init__(config, horizons, objective, allow_future_leakage=allow_future_leakage)
         self.lstm_encoder = LSTMEncoder(config)
         self.head = HazardHead(self.lstm_encoder.hidden_size, 1 if horizons is None else len(self.horizons), config.dropout)
@@ -183,7 +187,7 @@ class SurvivalLSTM(SurvivalModel):
         "Whether the LSTM reads forward only."
         return not self.lstm_encoder.config.bidirectional
 
-# %% ../nbs/12_lstm.ipynb #973f2c39
+# %% ../nbs/12_lstm.ipynb #3572bd65
 class LSTMProgressionModel(ProgressionModel):
     "LSTM encoder, heads for the stage to come and the wait for it. Refuses an encoder that reads both ways unless told that it leaks. Batches as for `LSTMEncoder`."
     config_class, encoder, layout = LSTMConfig, "lstm_encoder", "hierarchical"
@@ -196,7 +200,7 @@ class LSTMProgressionModel(ProgressionModel):
         stage_weight: float = 1.0, # of the stage to come in the loss
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
     ):
-        check_direction(config.bidirectional, allow_future_leakage, "bidirectional=True", "bidirectional=False")
+        check_direction(config, allow_future_leakage)
         super().__init__(config, n_stages, horizons, stage_horizon, stage_weight, allow_future_leakage=allow_future_leakage)
         self.lstm_encoder = LSTMEncoder(config)
         self.make_heads(self.lstm_encoder.hidden_size, config.dropout)

@@ -6,13 +6,14 @@
 __all__ = ['Med2VecConfig', 'Med2VecOutputs', 'neighbour_counts', 'Med2Vec', 'fit_med2vec', 'med2vec_codes', 'history_vectors',
            'Med2VecFeatures', 'Med2VecBaseline']
 
-# %% ../nbs/14b_med2vec.ipynb #eaf66325
+# %% ../nbs/14b_med2vec.ipynb #8c058065
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from scipy.sparse import csr_matrix, hstack
 from torch import Tensor, nn
 
@@ -28,10 +29,10 @@ from .sequences import SequenceStore, row_numbers
 from .survival import landmark_outputs
 from .vocabulary import PAD, SPECIAL_TOKENS, Vocabulary
 
-# %% ../nbs/14b_med2vec.ipynb #af232a68
+# %% ../nbs/14b_med2vec.ipynb #10dd3f2c
 @dataclass
 class Med2VecConfig:
-    "Sizes of Med2Vec. Raises `ValueError` for sizes below 1."
+    "Sizes of Med2Vec. Raises `ValueError` for sizes that are no positive integers."
     vocab_size: int # number of tokens
     code_size: int = 64 # numbers a code
     visit_size: int = 64 # numbers a visit
@@ -39,7 +40,8 @@ class Med2VecConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "code_size", "visit_size", "window"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}: expected a whole number, at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 class Med2VecOutputs(NamedTuple):
@@ -82,7 +84,7 @@ def _code_term(table, held):
     log_p = F.log_softmax(vectors[first] @ vectors.T, -1)[:, first]  # (U, U) of b given a
     return -(pairs * log_p).sum()
 
-# %% ../nbs/14b_med2vec.ipynb #6db77283
+# %% ../nbs/14b_med2vec.ipynb #9122e085
 class Med2Vec(SavedModel):
     "Vectors of codes and visits from neighbouring codes and visits (Choi et al. 2016, doi:10.1145/2939672.2939823, sections 3.2 to 3.5)."
     config_class, encoder, vocabulary_rows = Med2VecConfig, "", ("code.weight", "predict.weight", "predict.bias")
@@ -112,22 +114,26 @@ class Med2Vec(SavedModel):
         age = batch["visit_ages"] / 100 * known
         return torch.relu(self.visit(torch.cat([u, torch.stack([age, known], -1)], -1)))
 
-    def forward(self, batch: dict) -> Med2VecOutputs:
-        "Vectors of visits and logits of the codes of their neighbours."
-        visits = self.encode_visits(batch)
-        logits = self.predict(visits)
-        special = torch.arange(logits.shape[-1], device=logits.device) < len(SPECIAL_TOKENS)
-        return Med2VecOutputs(visits, logits.masked_fill(special, -torch.inf))
+# %% ../nbs/14b_med2vec.ipynb #544e0b94
+@patch
+def forward(self: Med2Vec, batch: dict) -> Med2VecOutputs:
+    "Vectors of visits and logits of the codes of their neighbours."
+    visits = self.encode_visits(batch)
+    logits = self.predict(visits)
+    special = torch.arange(logits.shape[-1], device=logits.device) < len(SPECIAL_TOKENS)
+    return Med2VecOutputs(visits, logits.masked_fill(special, -torch.inf))
 
-    def loss(self,
-        outputs: Med2VecOutputs, # of `forward`
-        batch: dict, # from `make_batch`
-    ) -> tuple: # scalar loss, number of visits over which it is the mean
-        "The two losses of the paper, divided by the number of visits. Raises `ValueError` for a batch without a visit."
-        mask, held = batch["sequence_mask"], self.visit_codes(batch)
-        n = int(mask.sum())
-        if not n: raise ValueError("batch: no patient has a visit, so there is nothing to learn from")
-        return (_visit_term(outputs.logits, held, mask, self.config.window) + _code_term(self.code.weight, held[mask])) / n, n
+
+@patch
+def loss(self: Med2Vec,
+    outputs: Med2VecOutputs, # of `forward`
+    batch: dict, # from `make_batch`
+) -> tuple: # scalar loss, number of visits over which it is the mean
+    "The two losses of the paper, divided by the number of visits. Raises `ValueError` for a batch without a visit."
+    mask, held = batch["sequence_mask"], self.visit_codes(batch)
+    n = int(mask.sum())
+    if not n: raise ValueError("batch: no patient has a visit, so there is nothing to learn from")
+    return (_visit_term(outputs.logits, held, mask, self.config.window) + _code_term(self.code.weight, held[mask])) / n, n
 
 # %% ../nbs/14b_med2vec.ipynb #72a06c8b
 def fit_med2vec(
@@ -192,13 +198,13 @@ def history_vectors(
     recent = weights @ visits / weights.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.cat([visits, recent, visits.cumsum(1).log1p()], -1)
 
-# %% ../nbs/14b_med2vec.ipynb #1e02abc8
+# %% ../nbs/14b_med2vec.ipynb #d7d29566
 def _history(model, half_life):
     "A function batch -> (B, V, 3 n) history vectors."
     def encode(batch): return history_vectors(model.encode_visits(batch), torch.expm1(batch["time_features"][..., 1]), batch["sequence_mask"], half_life)
     return encode
 
-# %% ../nbs/14b_med2vec.ipynb #4c454543
+
 class Med2VecFeatures:
     "Features at landmarks from Med2Vec: scaled history vectors, and age and sex. It has the methods of `LandmarkFeatures`, so any model on features takes it."
     def __init__(self,
@@ -221,27 +227,31 @@ class Med2VecFeatures:
         with torch.no_grad(), evaluating(self.model):
             return landmark_outputs(_history(self.model, self.half_life), landmarks, next(self.model.parameters()).device, "hierarchical", max_tokens=self.max_tokens, causal=True).double().numpy()
 
-    def fit(self,
-        train: Landmarks, # whose patients are trained on
-    ): # -> self
-        "Train Med2Vec unless it is given; learn scales. Raises `ValueError` for a given model of another vocabulary, and what `fit_med2vec` raises."
-        self.model = fit_med2vec(train.store, np.unique(train.rows), **self.training) if self.med2vec is None else self.med2vec
-        if self.model.vocabulary is None: raise ValueError("model: has no vocabulary, so its rows cannot be held against the codes of the store. Set model.vocabulary, or load it from a folder that has one.")
-        check_vocabulary(train, self.model.vocabulary)
-        self.facts = LandmarkFeatures(self.groups).fit(train)
-        vectors = self._vectors(train)
-        self.mean, self.scale = vectors.mean(0), vectors.std(0)
-        self.varies = self.scale > 1e-6
-        n = self.model.config.visit_size
-        self.names = self.facts.names + [name for name, v in zip([f"{kind} {i}" for kind in ("last", "recent", "sum") for i in range(n)], self.varies) if v]
-        return self
+# %% ../nbs/14b_med2vec.ipynb #d761515b
+@patch
+def fit(self: Med2VecFeatures,
+    train: Landmarks, # whose patients are trained on
+): # -> self
+    "Train Med2Vec unless it is given; learn scales. Raises `ValueError` for a given model of another vocabulary, and what `fit_med2vec` raises."
+    self.model = fit_med2vec(train.store, np.unique(train.rows), **self.training) if self.med2vec is None else self.med2vec
+    if self.model.vocabulary is None: raise ValueError("model: has no vocabulary, so its rows cannot be held against the codes of the store. Set model.vocabulary, or load it from a folder that has one.")
+    check_vocabulary(train, self.model.vocabulary)
+    self.facts = LandmarkFeatures(self.groups).fit(train)
+    vectors = self._vectors(train)
+    self.mean, self.scale = vectors.mean(0), vectors.std(0)
+    self.varies = self.scale > 1e-6
+    n = self.model.config.visit_size
+    self.names = self.facts.names + [name for name, v in zip([f"{kind} {i}" for kind in ("last", "recent", "sum") for i in range(n)], self.varies) if v]
+    return self
 
-    def transform(self,
-        landmarks: Landmarks, # moments of prediction
-    ) -> csr_matrix: # (n, features)
-        "Scaled features. Raises `ValueError` for a store of another vocabulary."
-        facts = self.facts.transform(landmarks)
-        return hstack([facts, csr_matrix((self._vectors(landmarks)[:, self.varies] - self.mean[self.varies]) / self.scale[self.varies])], format="csr")
+
+@patch
+def transform(self: Med2VecFeatures,
+    landmarks: Landmarks, # moments of prediction
+) -> csr_matrix: # (n, features)
+    "Scaled features. Raises `ValueError` for a store of another vocabulary."
+    facts = self.facts.transform(landmarks)
+    return hstack([facts, csr_matrix((self._vectors(landmarks)[:, self.varies] - self.mean[self.varies]) / self.scale[self.varies])], format="csr")
 
 # %% ../nbs/14b_med2vec.ipynb #59e015e1
 class Med2VecBaseline(LogisticBaseline):

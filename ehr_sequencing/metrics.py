@@ -49,8 +49,11 @@ def pair_sums(
         right = right + (a[order[earlier]] * smaller).sum(0)
     return every, right
 
-# %% ../nbs/10_metrics.ipynb #f8b2795d
-def comparison_keys(durations: np.ndarray, events: np.ndarray) -> np.ndarray: # (n,) int64
+# %% ../nbs/10_metrics.ipynb #46ca690d
+def comparison_keys(
+    durations: np.ndarray, # (n,) days, checked
+    events: np.ndarray, # (n,) bool
+) -> np.ndarray: # (n,) int64
     "Integers that increase with time; at one time the censored come after the events."
     return 2 * np.unique(durations, return_inverse=True)[1] + ~events
 

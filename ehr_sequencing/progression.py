@@ -6,13 +6,14 @@
 __all__ = ['Stages', 'StageEnds', 'stage_ends', 'ProgressionLabels', 'label_progression', 'attach_progression',
            'ProgressionOutput', 'ProgressionLoss', 'progression_loss', 'ProgressionModel', 'BEHRTForProgression']
 
-# %% ../nbs/11b_progression.ipynb #8302a771
+# %% ../nbs/11b_progression.ipynb #251d9f45
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .aggregation import check_visits, pool_visits
@@ -26,7 +27,7 @@ from .saved_models import evaluating
 from .sequences import SequenceStore
 from .survival import HazardHead, SurvivalModel, check_direction, check_labels, landmark_outputs, row_weights, survival_loss
 
-# %% ../nbs/11b_progression.ipynb #83b4558d
+# %% ../nbs/11b_progression.ipynb #51a4feb1
 @dataclass(frozen=True)
 class Stages:
     "Stages of a disease by their codes. Raises `ValueError` unless the stages are 1, 2, ... without a gap, `TypeError` for anything but a mapping."
@@ -38,7 +39,9 @@ class Stages:
         if not given or given != list(range(1, len(given) + 1)): raise ValueError(f"stages: expected the whole numbers 1, 2, ... without a gap, got {sorted(set(self.patterns.values()), key=str)}")
         for pattern in self.patterns: Outcome(pattern)
 
-    def __len__(self): return max(self.patterns.values())
+    def __len__(self) -> int: # S
+        "How many stages there are."
+        return max(self.patterns.values())
 
     def outcome(self,
         stage: int, # 1 to S
@@ -200,7 +203,7 @@ def progression_loss(
     stage = (values * weights[known].to(values.dtype)).sum() / n
     return ProgressionLoss(progression + stage_weight * stage, progression, stage, n)
 
-# %% ../nbs/11b_progression.ipynb #9f8440c1
+# %% ../nbs/11b_progression.ipynb #546b636c
 class ProgressionModel(SurvivalModel):
     "Base of the models of stages. A subclass builds its encoder, calls `make_heads`, and defines `encode_visits(batch) -> (B, V, d)`. Raises `ValueError` for sizes that make no sense."
     question = ("n_stages", "horizons", "stage_horizon")
@@ -234,35 +237,39 @@ class ProgressionModel(SurvivalModel):
         visits = self.encode_visits(batch)  # (B, V, d)
         return ProgressionOutput(self.stage_head(visits), self.head(visits))
 
-    def loss(self,
-        outputs: ProgressionOutput, # of `forward`
-        batch: dict, # with the labels of `attach_progression`
-    ) -> tuple: # scalar loss, number of patients at risk
-        "`progression_loss`, and the number of patients (of tiles: of windows) over which it is the mean. Raises `NobodyAtRisk` if there is none, and `ValueError` for labels of other stages, horizons or another day of the stage to come."
-        check_labels(batch, horizons=self.horizons, n_stages=self.n_stages, stage_horizon=self.stage_horizon)
-        parts = progression_loss(outputs, batch, self.stage_weight)
-        return parts.total, parts.n
+# %% ../nbs/11b_progression.ipynb #051fc868
+@patch
+def loss(self: ProgressionModel,
+    outputs: ProgressionOutput, # of `forward`
+    batch: dict, # with the labels of `attach_progression`
+) -> tuple: # scalar loss, number of patients at risk
+    "`progression_loss`, and the number of patients (of tiles: of windows) over which it is the mean. Raises `NobodyAtRisk` if there is none, and `ValueError` for labels of other stages, horizons or another day of the stage to come."
+    check_labels(batch, horizons=self.horizons, n_stages=self.n_stages, stage_horizon=self.stage_horizon)
+    parts = progression_loss(outputs, batch, self.stage_weight)
+    return parts.total, parts.n
 
-    @torch.no_grad()
-    def _logits(self, batch):
-        "Logits of the hazards, in evaluation mode."
-        with evaluating(self): return self(batch).progression_logits
+# %% ../nbs/11b_progression.ipynb #9730e552
+@patch
+def _logits(self: ProgressionModel, batch):
+    "Logits of the hazards, in evaluation mode."
+    with torch.no_grad(), evaluating(self): return self(batch).progression_logits
 
-    @torch.no_grad()
-    def predict_stage(self,
-        landmark, # `Landmarks` at visits, or a batch: every visit
-        token_budget: int = 8192, # with landmarks: size of the batches
-        max_tokens: int = 512, # with landmarks: tokens of each history that are read, the last ones
-    ): # (n, S + 1) array at landmarks, (B, V, S + 1) tensor for a batch; rows add up to 1
-        "Probabilities of the stage `stage_horizon` days after the visit. Raises `ValueError` for landmarks that are not on the day of a visit."
-        with evaluating(self):
-            if not isinstance(landmark, Landmarks): return self(landmark).stage_logits.softmax(-1)
-            late = int((np.asarray(landmark.elapsed) > 0).sum())
-            if late: raise ValueError(f"landmark: {late} of {len(landmark)} moments lie after the day of their visit, and the model speaks of {self.stage_horizon:g} days after the visit. Ask at visits, as with at_each_visit.")
-            logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary, self.causal)
-        return logits.double().softmax(-1).numpy()
 
-# %% ../nbs/11b_progression.ipynb #bbbe83a0
+@patch
+def predict_stage(self: ProgressionModel,
+    landmark, # `Landmarks` at visits, or a batch: every visit
+    token_budget: int = 8192, # with landmarks: size of the batches
+    max_tokens: int = 512, # with landmarks: tokens of each history that are read, the last ones
+): # (n, S + 1) array at landmarks, (B, V, S + 1) tensor for a batch; rows add up to 1
+    "Probabilities of the stage `stage_horizon` days after the visit. Raises `ValueError` for landmarks that are not on the day of a visit."
+    with torch.no_grad(), evaluating(self):
+        if not isinstance(landmark, Landmarks): return self(landmark).stage_logits.softmax(-1)
+        late = int((np.asarray(landmark.elapsed) > 0).sum())
+        if late: raise ValueError(f"landmark: {late} of {len(landmark)} moments lie after the day of their visit, and the model speaks of {self.stage_horizon:g} days after the visit. Ask at visits, as with at_each_visit.")
+        logits = landmark_outputs(lambda batch: self(batch).stage_logits, landmark, next(self.parameters()).device, self.layout, token_budget, max_tokens, self.vocabulary, self.causal)
+    return logits.double().softmax(-1).numpy()
+
+# %% ../nbs/11b_progression.ipynb #6b36a899
 class BEHRTForProgression(ProgressionModel):
     "BEHRT encoder, mean over each visit's tokens, heads for the stage to come and the wait for it. Refuses bidirectional attention unless told that it leaks."
     config_class, encoder, layout = BEHRTConfig, "behrt", "flat"
@@ -275,7 +282,7 @@ class BEHRTForProgression(ProgressionModel):
         stage_weight: float = 1.0, # of the stage to come in the loss
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
     ):
-        check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
+        check_direction(config, allow_future_leakage)
         super().__init__(config, n_stages, horizons, stage_horizon, stage_weight, allow_future_leakage=allow_future_leakage)
         self.behrt = BEHRT(config)
         self.make_heads(config.hidden_size, config.dropout)

@@ -6,10 +6,11 @@
 __all__ = ['HierarchicalConfig', 'visits_by_width', 'attention_by_class', 'HierarchicalEncoder', 'SurvivalTransformer',
            'TransformerProgressionModel']
 
-# %% ../nbs/13_transformers.ipynb #7fe09a25
+# %% ../nbs/13_transformers.ipynb #7517284a
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,13 +66,13 @@ def attention_by_class(
         return torch.cat([one(layer, *parts) for one, *parts in zip(attends, *(x.split(sizes) for x in qkv))])
     return attend
 
-# %% ../nbs/13_transformers.ipynb #69dba26c
+# %% ../nbs/13_transformers.ipynb #587e19e2
 def _run(blocks, x, attend, again):
     "Blocks one after the other; their inner results are computed again in the backward pass if `again`."
     for block in blocks: x = checkpoint(block, x, attend, use_reentrant=False) if again else block(x, attend)
     return x
 
-# %% ../nbs/13_transformers.ipynb #10cd4ce6
+
 class HierarchicalEncoder(SavedModel):
     "A transformer over the codes of each visit, pooling, and a transformer over the visits: one vector a visit."
     config_class, encoder, vocabulary_rows = HierarchicalConfig, "", ("code.weight",)
@@ -91,32 +92,36 @@ class HierarchicalEncoder(SavedModel):
         self.visit_norm, self.dropout = nn.LayerNorm(c.hidden_size), Dropout(c.dropout)
         self.visit_blocks, self.norm = stack(c.num_layers - c.code_layers), nn.LayerNorm(c.hidden_size)
 
-    def encode_codes(self, batch: dict) -> Tensor: # (B, V, hidden_size); zeros for visits without codes
-        "Encode the codes of each visit and pool them. A visit's vector depends on its own codes and on nothing else."
-        shape, classes = batch["visit_mask"].shape, visits_by_width(batch["visit_mask"])
-        if not classes: return self.project.weight.new_zeros(*shape[:2], self.hidden_size)
-        codes, C = torch.where(batch["visit_mask"], batch["visit_codes"], PAD), shape[2]  # (B, V, C)
-        index = torch.cat([(places.unsqueeze(1) * C + torch.arange(mask.shape[1], device=mask.device))[mask] for places, mask in classes])  # (n,) place of each code in the grid
-        slots = index // C  # (n,) visit of each code
-        check_tokens(codes.flatten()[index][None], batch["visit_ages"].flatten()[slots][None], slots[None], vocab_size=self.config.vocab_size)
-        x = self.project(self.dropout(self.code_norm(self.code(codes).flatten(0, 2).index_select(0, index))))  # (n, d)
-        x = self.pool_norm(_run(self.code_blocks, x, attention_by_class([mask for _, mask in classes]), self.config.gradient_checkpointing and self.training))
-        return self.pool(x[None], slots[None], shape[0] * shape[1]).view(*shape[:2], -1)
+# %% ../nbs/13_transformers.ipynb #23cc8f49
+@patch
+def encode_codes(self: HierarchicalEncoder, batch: dict) -> Tensor: # (B, V, hidden_size); zeros for visits without codes
+    "Encode the codes of each visit and pool them. A visit's vector depends on its own codes and on nothing else."
+    shape, classes = batch["visit_mask"].shape, visits_by_width(batch["visit_mask"])
+    if not classes: return self.project.weight.new_zeros(*shape[:2], self.hidden_size)
+    codes, C = torch.where(batch["visit_mask"], batch["visit_codes"], PAD), shape[2]  # (B, V, C)
+    index = torch.cat([(places.unsqueeze(1) * C + torch.arange(mask.shape[1], device=mask.device))[mask] for places, mask in classes])  # (n,) place of each code in the grid
+    slots = index // C  # (n,) visit of each code
+    check_tokens(codes.flatten()[index][None], batch["visit_ages"].flatten()[slots][None], slots[None], vocab_size=self.config.vocab_size)
+    x = self.project(self.dropout(self.code_norm(self.code(codes).flatten(0, 2).index_select(0, index))))  # (n, d)
+    x = self.pool_norm(_run(self.code_blocks, x, attention_by_class([mask for _, mask in classes]), self.config.gradient_checkpointing and self.training))
+    return self.pool(x[None], slots[None], shape[0] * shape[1]).view(*shape[:2], -1)
 
-    def forward(self, batch: dict) -> Tensor: # (B, V, hidden_size); zeros where there is no visit
-        "Encode the visits of a batch. Raises `ValueError` for a batch without hierarchical tensors, for patients without a visit, and what `check_tokens` raises; `TypeError` for masks that are not boolean."
-        need_keys(batch, "visit_codes", "visit_mask", "sequence_mask", "visit_ages", "time_features", remedy="The encoder reads visits; make the batch with layout='hierarchical' or 'both'.")
-        real = batch["sequence_mask"]  # (B, V)
-        check_visits(real)
-        grid, positions = TokenGrid(real), torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
-        of = lambda x: x.flatten(0, 1).index_select(0, grid.index)  # (B, V, ...) -> (m, ...): of the m real visits
-        x = grid.take(self.encode_codes(batch)) + self.age(of(batch["visit_ages"])) + (self.position_scale * self.position(of(positions))).to(self.position_scale.dtype)  # (m, d)
-        if self.time is not None: x = x + self.time(of(batch["time_features"]))
-        attend = grid_attention(grid, visit_attention_mask(positions, real, self.config.attention).unsqueeze(1))
-        x = _run(self.visit_blocks, self.dropout(self.visit_norm(x)), attend, self.config.gradient_checkpointing and self.training)
-        return grid.put(self.norm(x))
+# %% ../nbs/13_transformers.ipynb #42cbde11
+@patch
+def forward(self: HierarchicalEncoder, batch: dict) -> Tensor: # (B, V, hidden_size); zeros where there is no visit
+    "Encode the visits of a batch. Raises `ValueError` for a batch without hierarchical tensors, for patients without a visit, and what `check_tokens` raises; `TypeError` for masks that are not boolean."
+    need_keys(batch, "visit_codes", "visit_mask", "sequence_mask", "visit_ages", "time_features", remedy="The encoder reads visits; make the batch with layout='hierarchical' or 'both'.")
+    real = batch["sequence_mask"]  # (B, V)
+    check_visits(real)
+    grid, positions = TokenGrid(real), torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
+    of = lambda x: x.flatten(0, 1).index_select(0, grid.index)  # (B, V, ...) -> (m, ...): of the m real visits
+    x = grid.take(self.encode_codes(batch)) + self.age(of(batch["visit_ages"])) + (self.position_scale * self.position(of(positions))).to(self.position_scale.dtype)  # (m, d)
+    if self.time is not None: x = x + self.time(of(batch["time_features"]))
+    attend = grid_attention(grid, visit_attention_mask(positions, real, self.config.attention).unsqueeze(1))
+    x = _run(self.visit_blocks, self.dropout(self.visit_norm(x)), attend, self.config.gradient_checkpointing and self.training)
+    return grid.put(self.norm(x))
 
-# %% ../nbs/13_transformers.ipynb #f3c822e0
+# %% ../nbs/13_transformers.ipynb #52b1db9c
 class SurvivalTransformer(SurvivalModel):
     "A hierarchical transformer with a hazard head at every visit. Refuses bidirectional attention across visits unless told that it leaks."
     config_class, encoder, layout = HierarchicalConfig, "transformer", "hierarchical"
@@ -127,7 +132,7 @@ class SurvivalTransformer(SurvivalModel):
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
         objective="nll", # what is minimised: "nll", "ranking", "hybrid", or an `Objective`
     ):
-        check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
+        check_direction(config, allow_future_leakage)
         super().__init__(config, horizons, objective, allow_future_leakage=allow_future_leakage)
         self.transformer = HierarchicalEncoder(config)
         self.head = HazardHead(config.hidden_size, 1 if horizons is None else len(self.horizons), config.dropout)
@@ -141,7 +146,7 @@ class SurvivalTransformer(SurvivalModel):
         "Whether attention across visits looks back only."
         return self.transformer.config.attention == "visit_causal"
 
-# %% ../nbs/13_transformers.ipynb #6f6c575c
+# %% ../nbs/13_transformers.ipynb #082b3839
 class TransformerProgressionModel(ProgressionModel):
     "A hierarchical transformer with heads for the stage to come and the wait for it. Refuses bidirectional attention across visits unless told that it leaks."
     config_class, encoder, layout = HierarchicalConfig, "transformer", "hierarchical"
@@ -154,7 +159,7 @@ class TransformerProgressionModel(ProgressionModel):
         stage_weight: float = 1.0, # of the stage to come in the loss
         allow_future_leakage: bool = False, # build a bidirectional model all the same, with a warning
     ):
-        check_direction(config.attention != "visit_causal", allow_future_leakage, "attention='bidirectional'", "attention='visit_causal'")
+        check_direction(config, allow_future_leakage)
         super().__init__(config, n_stages, horizons, stage_horizon, stage_weight, allow_future_leakage=allow_future_leakage)
         self.transformer = HierarchicalEncoder(config)
         self.make_heads(config.hidden_size, config.dropout)

@@ -30,7 +30,7 @@ from .saved_models import SavedModel, tensor_digest
 from .sequences import load_sequences
 from .survival import SurvivalModel, landmark_outputs
 from .steps import make_accelerator
-from .tracking import is_run
+from .run_folders import is_run
 
 # %% ../nbs/17aa_predictions.ipynb #038921a3
 def model_fingerprint(

@@ -28,7 +28,7 @@ from .benchmark_figures import (
 from .benchmark_results import BenchmarkResults
 from .run_figures import hide_small
 from .run_tables import markdown_table
-from .tracking import readable_time
+from .run_folders import readable_time
 
 # %% ../nbs/17f_report.ipynb #07123069
 def _plain(value, where="value"):

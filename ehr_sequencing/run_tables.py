@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .metrics import COLORS, MARKERS
-from .tracking import Run, is_run, load_run, readable_time
+from .run_folders import Run, is_run, load_run, readable_time
 from .training import higher_is_better
 
 # %% ../nbs/17a_run_tables.ipynb #5c418d20

@@ -35,7 +35,8 @@ from .steps import make_accelerator, telling_where
 from .survival import SurvivalModel
 from .tasks import (MIN_EVENTS, Task, answer_metrics, asked_horizons, build_model, check_exclusions, check_way, draw_patients, find_source, keep_patients, known_answers, make_task, risk_metrics, share_metrics,
                                   split_rows, yes_threshold)
-from .tracking import ExperimentTracker, claim_folder
+from .run_folders import claim_folder
+from .tracking import ExperimentTracker
 from .training import Trainer, TrainingSettings, ValidationConcordance, parameter_table
 
 # %% ../nbs/17b_runs.ipynb #253c850b

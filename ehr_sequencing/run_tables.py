@@ -156,7 +156,8 @@ def markdown_table(
     frame: pd.DataFrame, # a small one
 ) -> str:
     "A table in Markdown; missing values are empty."
-    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *(["" if v is None or v is pd.NA or v is pd.NaT or (isinstance(v, float) and math.isnan(v)) else str(v).replace("|", "\\|") for v in row] for row in frame.itertuples(index=False))]
+    def cell(value): return "" if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)) else str(value).replace("|", "\\|")
+    lines = [list(map(cell, frame.columns)), ["---"] * frame.shape[1], *(list(map(cell, row)) for row in frame.itertuples(index=False))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batches import to_device
 from .bootstrap import Bootstrap
 from .configs import SIZES
 from .databases import is_url
@@ -174,12 +173,6 @@ class PretrainSettings(RunSettings):
         if self.learning_rate is None: self.learning_rate = _usual_rate(self.model_size or "small")
 
 # %% ../nbs/17b_runs.ipynb #079dc115
-def _asked_on_device(model, ask):
-    "A score function that sends batches to where the model is."
-    device = next(model.parameters()).device
-    return lambda batch: ask(to_device(batch, device)).float().cpu()
-
-
 def _named(boot: Bootstrap, names: dict):
     "Estimates with their intervals under other names; None where undefined."
     found = {}
@@ -202,12 +195,12 @@ def pretraining_metrics(
     loader = lambda objective: pretraining_loader(store, validation_rows, model.config, objective, settings.masking, settings.seed + 1, **options)
     metrics = {}
     if settings.objective in ("mlm", "both"):
-        ask = model if isinstance(model, BEHRTForMLM) else lambda batch: model(batch)["mlm"]
-        boot = compare_masked({"model": _asked_on_device(model, ask), "frequency": unigram(token_rates(store, train_rows))}, loader(settings.objective), ks=(10,), n_resamples=200)
+        ask = model if isinstance(model, BEHRTForMLM) else MethodType(lambda model, batch: model(batch)["mlm"], model)
+        boot = compare_masked({"model": ask, "frequency": unigram(token_rates(store, train_rows))}, loader(settings.objective), ks=(10,), n_resamples=200)
         metrics |= _named(boot, {"model, top 10": "masked_accuracy_at_10", "frequency, top 10": "masked_accuracy_at_10_by_frequency"})
     if settings.objective in ("next_visit", "both"):
         ask = model.next_visit_logits if settings.objective == "both" else model
-        boot = compare_next_visit({"model": _asked_on_device(model, ask), "frequency": most_frequent(next_visit_rates(store, train_rows))}, loader("next_visit"), k=10, n_resamples=200)
+        boot = compare_next_visit({"model": ask, "frequency": most_frequent(next_visit_rates(store, train_rows))}, loader("next_visit"), k=10, n_resamples=200)
         metrics |= _named(boot, {"model, all, recall": "next_visit_recall_at_10", "frequency, all, recall": "next_visit_recall_at_10_by_frequency"})
     return metrics
 
@@ -437,8 +430,7 @@ def finetune_run(
         with telling_where("evaluation"): metrics, figures, facts = evaluate_run(settings, task, model, store, labels, rows)
         saved = _as_saved(model)
         facts = {"parameters": parameters, "loaded": loaded, "model_fingerprint": model_fingerprint(saved)} | facts
-        model.save_pretrained = saved.save_pretrained  # counted as it was trained, saved as it can be loaded
-        summary = tracker.finish(model, store.vocabulary, metrics, figures, facts)
+        summary = tracker.finish(model, store.vocabulary, metrics, figures, facts, saved=saved)
     for note in facts["notes"]: say(f"  note: {note}")
     _tell_metrics(summary, settings, say)
     return summary

@@ -326,18 +326,20 @@ def _summary(self: ExperimentTracker, model, metrics, facts):
 # %% ../nbs/17_tracking.ipynb #d4d3acc4
 @patch
 def finish(self: ExperimentTracker,
-    model=None, # fitted; one with `save_pretrained` goes into model/
+    model=None, # as it was trained, whose parameters are counted; one with `save_pretrained` goes into model/
     vocabulary=None, # of the model, if it does not know it
     metrics: dict | None = None, # name -> number, (value, low, high), or dict with these and further facts
     figures: dict | None = None, # name -> matplotlib figure or axes, for plots/; about groups, not about single patients
     facts: dict | None = None, # whatever else should be in summary.json, plain
+    saved=None, # what goes into model/ in the place of the model, such as the same with its adapters merged
 ) -> dict: # what summary.json holds; empty on all processes but the first
     "Write model, figures and summary; the run is finished. Raises `ValueError` before `start` and for names that are none, `TypeError` for what is not plain, and what saving raises."
     if self.how is None: raise ValueError("finish: call start first")
     metrics, facts = {n: plain_metric(n, v) for n, v in (metrics or {}).items()}, to_plain(facts or {}, "facts")
     if wrong := [n for n in figures or {} if not re.fullmatch(r"\w+", n)]: raise ValueError(f"figures: expected names of letters, digits and underscores, got {wrong[0]!r}")
     if not self.writes: return {}
-    if hasattr(model, "save_pretrained"): model.save_pretrained(self.folder/"model", vocabulary)
+    saved = model if saved is None else saved
+    if hasattr(saved, "save_pretrained"): saved.save_pretrained(self.folder/"model", vocabulary)
     for name, figure in (figures or {}).items(): _save_figure(self.folder/"plots"/f"{name}.png", figure)
     self.draw()
     self._write_history()

@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from fastcore.basics import patch
 
@@ -148,11 +147,13 @@ class EHRModelConfig:
         "The same in millions."
         return self.n_parameters / 1e6
 
-    def build(self,
-        **settings, # further arguments of the model's constructor, such as `use_lora`
-    ) -> SurvivalModel: # a new model, with weights from torch's generator
-        "Build the survival model, ready to be trained."
-        return MODEL_TYPES[self.model_type][1](self.model_config, self.horizons, **settings)
+# %% ../nbs/15_configs.ipynb #d7cc83e5
+@patch
+def build(self: EHRModelConfig,
+    **settings, # further arguments of the model's constructor, such as `use_lora`
+) -> SurvivalModel: # a new model, with weights from torch's generator
+    "Build the survival model, ready to be trained."
+    return MODEL_TYPES[self.model_type][1](self.model_config, self.horizons, **settings)
 
 # %% ../nbs/15_configs.ipynb #07d49023
 @patch

@@ -9,7 +9,6 @@ __all__ = ['OBJECTIVES', 'masked_places', 'scores_on', 'masked_hits', 'masked_ac
            'plot_accuracy', 'compare_next_visit']
 
 # %% ../nbs/16a_pretraining.ipynb #17df7e37
-import math
 from functools import partial
 
 import numpy as np

@@ -233,11 +233,18 @@ class BenchmarkTracker:
         "All runs side by side."
         return runs_table(self.runs, self.groups, self.metrics)
 
-    def best(self, metric: str, higher: bool | None = None) -> pd.DataFrame: # of `best_runs`
+    def best(self,
+        metric: str, # its name
+        higher: bool | None = None, # more is better; known from the name if None
+    ) -> pd.DataFrame: # of `best_runs`
         "The best run of each group, with its interval. Raises `ValueError` as `best_runs`."
         return best_runs(self.runs, self.groups, metric, higher)
 
-    def plot_quality(self, metric: str, against: str = "parameters", ax=None): # -> the axes
+    def plot_quality(self,
+        metric: str, # its name
+        against: str = "parameters", # or "trainable_parameters", "seconds"
+        ax=None, # matplotlib axes, if there is one group; new ones if None
+    ): # -> the axes, or an array of them, one a group
         "Quality against size or time. Raises `ValueError` as `plot_quality`."
         return plot_quality(self.runs, self.groups, metric, against, ax)
 

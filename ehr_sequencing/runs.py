@@ -6,7 +6,7 @@
 __all__ = ['RunSettings', 'check_run', 'training_settings', 'PretrainSettings', 'pretraining_metrics', 'pretrain_run',
            'FinetuneSettings', 'evaluate_run', 'finetune_run']
 
-# %% ../nbs/17b_runs.ipynb #d0dab7da
+# %% ../nbs/17b_runs.ipynb #3e49d493
 import copy
 import dataclasses
 import json
@@ -14,6 +14,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
@@ -29,12 +30,12 @@ from .predictions import answers_at, find_model, model_fingerprint
 from .pretraining import OBJECTIVES, compare_masked, compare_next_visit, pretraining_loader, pretraining_parts, recommended_config, unigram
 from .readers import read_events
 from .run_figures import SMALL, confusion_table, hide_small, plot_run_calibration, plot_run_confusion, plot_run_survival, run_survival
+from .run_folders import claim_folder
 from .sequences import SequenceStore, load_sequences
 from .steps import make_accelerator, telling_where
 from .survival import SurvivalModel
 from .tasks import (MIN_EVENTS, Task, answer_metrics, asked_horizons, build_model, check_exclusions, check_way, draw_patients, find_source, keep_patients, known_answers, make_task, risk_metrics, share_metrics,
                                   split_rows, yes_threshold)
-from .run_folders import claim_folder
 from .tracking import ExperimentTracker
 from .training import Trainer, TrainingSettings, ValidationConcordance, parameter_table
 

@@ -261,9 +261,11 @@ def describe_training(
     data = {"fingerprint": trainer.train.store.fingerprint(), "split": split, "task": type(model).__name__, "counts": counts}
     return {"training": trainer.settings, "model": {"class": type(model).__name__, "settings": getattr(model, "settings", None)}}, data, trainer.settings.seed
 
-
+# %% ../nbs/17_tracking.ipynb #07f78527
 @patch
-def on_begin(self: ExperimentTracker, trainer):
+def on_begin(self: ExperimentTracker,
+    trainer, # `Trainer` that calls
+):
     "Before the first step: start, if nobody has."
     if self.how is None: self.start(*describe_training(trainer))
     self._take(trainer)
@@ -271,14 +273,18 @@ def on_begin(self: ExperimentTracker, trainer):
 
 
 @patch
-def on_evaluation(self: ExperimentTracker, trainer):
+def on_evaluation(self: ExperimentTracker,
+    trainer, # `Trainer` that calls
+):
     "After an evaluation: take the history, write it, draw it if it is time."
     self._take(trainer)
     self._record()
 
 
 @patch
-def on_end(self: ExperimentTracker, trainer):
+def on_end(self: ExperimentTracker,
+    trainer, # `Trainer` that calls
+):
     "After the last step."
     self._take(trainer)
     if self.writes: self._write_history()

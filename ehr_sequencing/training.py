@@ -20,7 +20,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -262,7 +261,9 @@ def _check_fits(trainer, state):
 
 # %% ../nbs/16_training.ipynb #ea8de98e
 class Trainer:
-    "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
+    """Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`.
+
+    Raises `TypeError` for a model without `loss(outputs, batch)`, `ValueError` for one of which nothing is trained, for settings that make no sense, and for `resume` without a folder."""
     def __init__(self,
         model: nn.Module, # to train, in place; has `forward(batch)` and `loss(outputs, batch)`
         train: BatchLoader, # batches with labels

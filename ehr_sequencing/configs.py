@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_TYPES', 'SIZES', 'EHRModelConfig', 'get_model_config', 'measure_memory_gb']
 
-# %% ../nbs/15_configs.ipynb #ac800449
+# %% ../nbs/15_configs.ipynb #0c485e64
 import dataclasses
 import json
 import os
@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from .behrt import BEHRTConfig
 from .lstm import LSTMConfig, SurvivalLSTM
@@ -89,7 +89,7 @@ MODEL_TYPES = {"lstm": (LSTMConfig, SurvivalLSTM, _lstm_parameters, _lstm_memory
                "hierarchical": (HierarchicalConfig, SurvivalTransformer, _hierarchical_parameters, _hierarchical_memory)}
 SIZES = {"small": (32, 1, 2e-3), "medium": (16, 2, 1e-3), "large": (8, 4, 5e-4)} # batch size, batches accumulated, learning rate
 
-# %% ../nbs/15_configs.ipynb #0b141d13
+# %% ../nbs/15_configs.ipynb #12872382
 def _check_name(name, value, valid):
     "Raise `ValueError` for a name that is none of the valid ones."
     if not isinstance(value, str) or value not in valid: raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
@@ -108,21 +108,7 @@ def _check_settings(config):
     if unknown: raise TypeError(f"changes: {unknown[0]!r} is no setting of a model of type {config.model_type}; expected some of {', '.join(known)}")
     config.model_config  # raises for sizes that do not fit together
 
-
-def _fields_of_json(config_class, text):
-    "The fields of a configuration from JSON that has all of them and no other. Raises `TypeError`, `ValueError`."
-    name, remedy = config_class.__name__, "Give what `to_json` of this version wrote"
-    if not isinstance(text, str): raise TypeError(f"text: expected a string of JSON, got {type(text).__name__}. Of a file, pass what it holds: Path(name).read_text().")
-    try: values = json.loads(text)
-    except json.JSONDecodeError as error: raise ValueError(f"text: is no JSON ({error.msg} in line {error.lineno}). {remedy}.") from None
-    if not isinstance(values, dict): raise ValueError(f"text: expected the fields of an {name}, got a JSON {type(values).__name__}. {remedy}.")
-    fields = [f.name for f in dataclasses.fields(config_class)]
-    unknown, missing = [k for k in values if k not in fields], [k for k in fields if k not in values]
-    if unknown: raise ValueError(f"text: {unknown[0]!r} is no field of an {name}; expected {', '.join(fields)}. {remedy}, or take the field out.")
-    if missing: raise ValueError(f"text: has no {', '.join(missing)}, which an {name} needs. {remedy}, or add what is missing.")
-    return values
-
-# %% ../nbs/15_configs.ipynb #30011f93
+# %% ../nbs/15_configs.ipynb #7b833de6
 @dataclass
 class EHRModelConfig:
     "What a run needs: the model's kind and sizes, and how it is fed. Raises `ValueError` for unknown names and numbers that make no sense, `TypeError` for unknown `changes`."
@@ -158,30 +144,59 @@ class EHRModelConfig:
         return MODEL_TYPES[self.model_type][2](self.model_config, len(self.horizons or [0]))
     @property
     def total_params_millions(self) -> float: # millions
-        "Parameters of the model that `build` builds, in millions."
+        "The same in millions."
         return self.n_parameters / 1e6
-    def memory_parts(self) -> dict: # GB (10**9 bytes) of weights, optimizer, gradients, activations, and what an operation needs meanwhile
-        "What training holds in float32 for a full batch: `batch_size` patients of `max_tokens` tokens."
-        numbers = MODEL_TYPES[self.model_type][3](self.model_config, self.batch_size, self.max_tokens, -(-self.max_tokens // self.tokens_per_visit), len(self.horizons or [0]))
-        return {name: 4 * n / 1e9 for name, n in zip(("weights", "optimizer", "gradients", "activations", "in passing"), (self.n_parameters, 2 * self.n_parameters, self.n_parameters, *numbers))}
-    @property
-    def memory_estimate_gb(self) -> float: # GB (10**9 bytes)
-        "Highest memory of training in float32 on a CPU, Python and its libraries and the batch itself apart: the equation above. Too low with `attention_dropout`, `visit_heads` or `packed`, and with visit encoders other than mean and sum."
-        parts = self.memory_parts()
-        always = parts["weights"] + parts["optimizer"] + parts["gradients"] * (self.gradient_accumulation_steps > 1)
-        return max(always + parts["activations"] + parts["in passing"], parts["weights"] + parts["optimizer"] + parts["gradients"])
-    def build(self,
-        **settings, # further arguments of the model's constructor, such as `use_lora`
-    ) -> SurvivalModel: # a new model, with weights from torch's generator
-        "Build the survival model, ready to be trained."
-        return MODEL_TYPES[self.model_type][1](self.model_config, self.horizons, **settings)
-    def to_json(self) -> str: # text for `from_json`
-        "The configuration as JSON."
-        return json.dumps(dataclasses.asdict(self), indent=1)
-    @classmethod
-    def from_json(cls, text: str): # -> EHRModelConfig
-        "Read what `to_json` wrote. Raises `ValueError` for what is no JSON or has other fields, and as the class itself."
-        return cls(**_fields_of_json(cls, text))
+
+# %% ../nbs/15_configs.ipynb #d7cc83e5
+@patch
+def build(self: EHRModelConfig,
+    **settings, # further arguments of the model's constructor, such as `use_lora`
+) -> SurvivalModel: # a new model, with weights from torch's generator
+    "Build the survival model, ready to be trained."
+    return MODEL_TYPES[self.model_type][1](self.model_config, self.horizons, **settings)
+
+# %% ../nbs/15_configs.ipynb #07d49023
+@patch
+def memory_parts(self: EHRModelConfig) -> dict: # GB (10**9 bytes) of weights, optimizer, gradients, activations, and what an operation needs meanwhile
+    "What training holds in float32 for a full batch: `batch_size` patients of `max_tokens` tokens."
+    numbers = MODEL_TYPES[self.model_type][3](self.model_config, self.batch_size, self.max_tokens, -(-self.max_tokens // self.tokens_per_visit), len(self.horizons or [0]))
+    return {name: 4 * n / 1e9 for name, n in zip(("weights", "optimizer", "gradients", "activations", "in passing"), (self.n_parameters, 2 * self.n_parameters, self.n_parameters, *numbers))}
+
+
+@patch(as_prop=True)
+def memory_estimate_gb(self: EHRModelConfig) -> float: # GB (10**9 bytes)
+    "Highest memory of training in float32 on a CPU, Python and its libraries and the batch itself apart: the equation above. Too low with `attention_dropout`, `visit_heads` or `packed`, and with visit encoders other than mean and sum."
+    parts = self.memory_parts()
+    always = parts["weights"] + parts["optimizer"] + parts["gradients"] * (self.gradient_accumulation_steps > 1)
+    return max(always + parts["activations"] + parts["in passing"], parts["weights"] + parts["optimizer"] + parts["gradients"])
+
+# %% ../nbs/15_configs.ipynb #76310538
+def _fields_of_json(config_class, text):
+    "The fields of a configuration from JSON that has all of them and no other. Raises `TypeError`, `ValueError`."
+    name, remedy = config_class.__name__, "Give what `to_json` of this version wrote"
+    if not isinstance(text, str): raise TypeError(f"text: expected a string of JSON, got {type(text).__name__}. Of a file, pass what it holds: Path(name).read_text().")
+    try: values = json.loads(text)
+    except json.JSONDecodeError as error: raise ValueError(f"text: is no JSON ({error.msg} in line {error.lineno}). {remedy}.") from None
+    if not isinstance(values, dict): raise ValueError(f"text: expected the fields of an {name}, got a JSON {type(values).__name__}. {remedy}.")
+    fields = [f.name for f in dataclasses.fields(config_class)]
+    unknown, missing = [k for k in values if k not in fields], [k for k in fields if k not in values]
+    if unknown: raise ValueError(f"text: {unknown[0]!r} is no field of an {name}; expected {', '.join(fields)}. {remedy}, or take the field out.")
+    if missing: raise ValueError(f"text: has no {', '.join(missing)}, which an {name} needs. {remedy}, or add what is missing.")
+    return values
+
+
+@patch
+def to_json(self: EHRModelConfig) -> str: # text for `from_json`
+    "The configuration as JSON."
+    return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+@patch(cls_method=True)
+def from_json(cls: EHRModelConfig,
+    text: str, # what `to_json` wrote
+) -> EHRModelConfig: # equal to the one that was written
+    "Read what `to_json` wrote. Raises `ValueError` for what is no JSON or has other fields, and as the class itself."
+    return cls(**_fields_of_json(cls, text))
 
 # %% ../nbs/15_configs.ipynb #8f2e35b7
 def get_model_config(

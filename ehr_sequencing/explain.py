@@ -187,7 +187,7 @@ def attribute_codes(
 ) -> Attributions: # of every token, and the check of every patient
     """Integrated gradients of the score over the embedding of codes (Sundararajan, Taly & Yan 2017, equation 1). Nothing is written or logged.
 
-    Raises `ImportError` without captum; `ValueError` for an unknown baseline, a patient or visit that does not exist, a model without an embedding of codes, and where eight times `n_steps` points are too few."""
+    Raises `ImportError` without captum; `ValueError` for an unknown baseline, a patient or visit that does not exist, a model without an embedding of codes, and where 32 times `n_steps` points are too few."""
     if baseline not in vocabulary.index: raise ValueError(f"baseline: expected a token of the vocabulary, such as {', '.join(SPECIAL_TOKENS[:3])}; got {baseline!r}")
     rows, (_, key) = range(len(batch["sequence_mask"])) if rows is None else [int(r) for r in rows], code_layer(model)
     if landmarks is not None and len(landmarks) != len(rows): raise ValueError(f"landmarks: expected one for each of the {len(rows)} rows, got {len(landmarks)}")

@@ -26,11 +26,11 @@ from .landmarks import Landmarks, unlabelled_landmarks, unlabelled_moments
 from .lstm import LSTMBaseline
 from .outcomes import check_horizons
 from .progression import ProgressionModel
+from .run_folders import is_run
 from .saved_models import SavedModel, tensor_digest
 from .sequences import load_sequences
-from .survival import SurvivalModel, landmark_outputs
 from .steps import make_accelerator
-from .tracking import is_run
+from .survival import SurvivalModel, landmark_outputs
 
 # %% ../nbs/17aa_predictions.ipynb #038921a3
 def model_fingerprint(

@@ -9,7 +9,6 @@ __all__ = ['OBJECTIVES', 'masked_places', 'scores_on', 'masked_hits', 'masked_ac
            'plot_accuracy', 'compare_next_visit']
 
 # %% ../nbs/16a_pretraining.ipynb #17df7e37
-import math
 from functools import partial
 
 import numpy as np
@@ -39,11 +38,12 @@ def masked_places(
 
 
 def scores_on(
-    score, # score function or model
+    score, # score function, model, or method of a model: batch -> (m, vocab_size)
     batch: dict, # on the CPU
-) -> Tensor: # on the CPU
-    "What a score function says about a batch; a model is asked on its own device."
-    device = next((p.device for p in score.parameters()), "cpu") if isinstance(score, nn.Module) else "cpu"
+) -> Tensor: # (m, vocab_size) on the CPU
+    "What a score function says about a batch; a model, or a method of one, is asked on the model's own device."
+    model = getattr(score, "__self__", score)
+    device = next((p.device for p in model.parameters()), "cpu") if isinstance(model, nn.Module) else "cpu"
     return score(to_device(batch, device)).float().cpu()
 
 # %% ../nbs/16a_pretraining.ipynb #c1b14c28

@@ -27,8 +27,8 @@ from .benchmark_figures import (
     plot_arm_calibration, plot_arms, plot_costs, plot_differences, plot_label_efficiency, plot_metric_over_time)
 from .benchmark_results import BenchmarkResults
 from .run_figures import hide_small
+from .run_folders import readable_time
 from .run_tables import markdown_table
-from .tracking import readable_time
 
 # %% ../nbs/17f_report.ipynb #07123069
 def _plain(value, where="value"):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .metrics import COLORS, MARKERS
-from .tracking import Run, is_run, load_run, readable_time
+from .run_folders import Run, is_run, load_run, readable_time
 from .training import higher_is_better
 
 # %% ../nbs/17a_run_tables.ipynb #5c418d20
@@ -156,7 +156,8 @@ def markdown_table(
     frame: pd.DataFrame, # a small one
 ) -> str:
     "A table in Markdown; missing values are empty."
-    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *(["" if v is None or v is pd.NA or v is pd.NaT or (isinstance(v, float) and math.isnan(v)) else str(v).replace("|", "\\|") for v in row] for row in frame.itertuples(index=False))]
+    def cell(value): return "" if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)) else str(value).replace("|", "\\|")
+    lines = [list(map(cell, frame.columns)), ["---"] * frame.shape[1], *(list(map(cell, row)) for row in frame.itertuples(index=False))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -232,11 +233,18 @@ class BenchmarkTracker:
         "All runs side by side."
         return runs_table(self.runs, self.groups, self.metrics)
 
-    def best(self, metric: str, higher: bool | None = None) -> pd.DataFrame: # of `best_runs`
+    def best(self,
+        metric: str, # its name
+        higher: bool | None = None, # more is better; known from the name if None
+    ) -> pd.DataFrame: # of `best_runs`
         "The best run of each group, with its interval. Raises `ValueError` as `best_runs`."
         return best_runs(self.runs, self.groups, metric, higher)
 
-    def plot_quality(self, metric: str, against: str = "parameters", ax=None): # -> the axes
+    def plot_quality(self,
+        metric: str, # its name
+        against: str = "parameters", # or "trainable_parameters", "seconds"
+        ax=None, # matplotlib axes, if there is one group; new ones if None
+    ): # -> the axes, or an array of them, one a group
         "Quality against size or time. Raises `ValueError` as `plot_quality`."
         return plot_quality(self.runs, self.groups, metric, against, ax)
 

@@ -6,7 +6,7 @@
 __all__ = ['RunSettings', 'check_run', 'training_settings', 'PretrainSettings', 'pretraining_metrics', 'pretrain_run',
            'FinetuneSettings', 'evaluate_run', 'finetune_run']
 
-# %% ../nbs/17b_runs.ipynb #d0dab7da
+# %% ../nbs/17b_runs.ipynb #3e49d493
 import copy
 import dataclasses
 import json
@@ -14,11 +14,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 
-from .batches import to_device
 from .bootstrap import Bootstrap
 from .configs import SIZES
 from .databases import is_url
@@ -30,12 +30,13 @@ from .predictions import answers_at, find_model, model_fingerprint
 from .pretraining import OBJECTIVES, compare_masked, compare_next_visit, pretraining_loader, pretraining_parts, recommended_config, unigram
 from .readers import read_events
 from .run_figures import SMALL, confusion_table, hide_small, plot_run_calibration, plot_run_confusion, plot_run_survival, run_survival
+from .run_folders import claim_folder
 from .sequences import SequenceStore, load_sequences
 from .steps import make_accelerator, telling_where
 from .survival import SurvivalModel
 from .tasks import (MIN_EVENTS, Task, answer_metrics, asked_horizons, build_model, check_exclusions, check_way, draw_patients, find_source, keep_patients, known_answers, make_task, risk_metrics, share_metrics,
                                   split_rows, yes_threshold)
-from .tracking import ExperimentTracker, claim_folder
+from .tracking import ExperimentTracker
 from .training import Trainer, TrainingSettings, ValidationConcordance, parameter_table
 
 # %% ../nbs/17b_runs.ipynb #253c850b
@@ -173,12 +174,6 @@ class PretrainSettings(RunSettings):
         if self.learning_rate is None: self.learning_rate = _usual_rate(self.model_size or "small")
 
 # %% ../nbs/17b_runs.ipynb #079dc115
-def _asked_on_device(model, ask):
-    "A score function that sends batches to where the model is."
-    device = next(model.parameters()).device
-    return lambda batch: ask(to_device(batch, device)).float().cpu()
-
-
 def _named(boot: Bootstrap, names: dict):
     "Estimates with their intervals under other names; None where undefined."
     found = {}
@@ -201,12 +196,12 @@ def pretraining_metrics(
     loader = lambda objective: pretraining_loader(store, validation_rows, model.config, objective, settings.masking, settings.seed + 1, **options)
     metrics = {}
     if settings.objective in ("mlm", "both"):
-        ask = model if isinstance(model, BEHRTForMLM) else lambda batch: model(batch)["mlm"]
-        boot = compare_masked({"model": _asked_on_device(model, ask), "frequency": unigram(token_rates(store, train_rows))}, loader(settings.objective), ks=(10,), n_resamples=200)
+        ask = model if isinstance(model, BEHRTForMLM) else MethodType(lambda model, batch: model(batch)["mlm"], model)
+        boot = compare_masked({"model": ask, "frequency": unigram(token_rates(store, train_rows))}, loader(settings.objective), ks=(10,), n_resamples=200)
         metrics |= _named(boot, {"model, top 10": "masked_accuracy_at_10", "frequency, top 10": "masked_accuracy_at_10_by_frequency"})
     if settings.objective in ("next_visit", "both"):
         ask = model.next_visit_logits if settings.objective == "both" else model
-        boot = compare_next_visit({"model": _asked_on_device(model, ask), "frequency": most_frequent(next_visit_rates(store, train_rows))}, loader("next_visit"), k=10, n_resamples=200)
+        boot = compare_next_visit({"model": ask, "frequency": most_frequent(next_visit_rates(store, train_rows))}, loader("next_visit"), k=10, n_resamples=200)
         metrics |= _named(boot, {"model, all, recall": "next_visit_recall_at_10", "frequency, all, recall": "next_visit_recall_at_10_by_frequency"})
     return metrics
 
@@ -436,8 +431,7 @@ def finetune_run(
         with telling_where("evaluation"): metrics, figures, facts = evaluate_run(settings, task, model, store, labels, rows)
         saved = _as_saved(model)
         facts = {"parameters": parameters, "loaded": loaded, "model_fingerprint": model_fingerprint(saved)} | facts
-        model.save_pretrained = saved.save_pretrained  # counted as it was trained, saved as it can be loaded
-        summary = tracker.finish(model, store.vocabulary, metrics, figures, facts)
+        summary = tracker.finish(model, store.vocabulary, metrics, figures, facts, saved=saved)
     for note in facts["notes"]: say(f"  note: {note}")
     _tell_metrics(summary, settings, say)
     return summary

@@ -132,19 +132,28 @@ class Task:
 
     def __str__(self): return f"{self.name}: {self.outcome}, {'/'.join(f'{h:g}' for h in self.horizons)} days"
 
-    def forbidden(self, table: EventTable) -> list: # codes
+    def forbidden(self,
+        table: EventTable, # the records
+    ) -> list: # codes
         "Codes that must not be in the input."
         return feature_exclusions(self.outcome, table)
 
-    def label(self, store: SequenceStore, table: EventTable): # -> `VisitLabels`
+    def label(self,
+        store: SequenceStore, # to label
+        table: EventTable, # its records
+    ): # -> `VisitLabels`
         "Label all visits."
         return label_visits(store, table, self.outcome, self.horizons)
 
-    def landmarks(self, store: SequenceStore, labels, rows) -> Landmarks: # ordered by row and visit
+    def landmarks(self,
+        store: SequenceStore, # of the patients
+        labels, # of `label`
+        rows, # of the store
+    ) -> Landmarks: # ordered by row and visit
         "Moments at which patients are asked."
         return spaced_landmarks(labels, store, rows, self.seed)
 
-
+# %% ../nbs/17ab_tasks.ipynb #248a4463
 class SurvivalTask(Task):
     "When does the event come?"
     name, models = "survival", {"transformer": BEHRTForSurvival, "lstm": SurvivalLSTM, "hierarchical": SurvivalTransformer}
@@ -153,8 +162,14 @@ class SurvivalTask(Task):
         "The calendar bins."
         return {"horizons": self.horizons}
 
-    def loader(self, store, labels, rows, training: bool, **options) -> BatchLoader: # of labelled batches
-        "Batches to train (`training`) or to validate on."
+    def loader(self,
+        store: SequenceStore, # of the patients
+        labels, # of `label`
+        rows, # of the store
+        training: bool, # to train on, shuffled; else to validate on
+        **options, # of `BatchLoader`
+    ) -> BatchLoader: # of labelled batches
+        "Batches to train or to validate on."
         return labelled_batches(store, labels, rows, training, **options)
 
 # %% ../nbs/17ab_tasks.ipynb #cf43c088
@@ -164,11 +179,16 @@ class ProgressionTask(Task):
 
     def __str__(self): return f"{self.name}: {'; '.join(f'{p}={s}' for p, s in self.outcome.patterns.items())}, {'/'.join(f'{h:g}' for h in self.horizons)} days"
 
-    def forbidden(self, table: EventTable) -> list: # none
+    def forbidden(self,
+        table: EventTable, # the records
+    ) -> list: # none
         "The stage that was reached is known, so its codes stay."
         return []
 
-    def label(self, store: SequenceStore, table: EventTable): # -> `ProgressionLabels`
+    def label(self,
+        store: SequenceStore, # to label
+        table: EventTable, # its records
+    ): # -> `ProgressionLabels`
         "Label all visits."
         return label_progression(store, table, self.outcome, self.horizons)
 
@@ -176,11 +196,17 @@ class ProgressionTask(Task):
         "Stages and calendar bins."
         return {"n_stages": len(self.outcome), "horizons": self.horizons}
 
-    def loader(self, store, labels, rows, training: bool, **options) -> BatchLoader: # of labelled batches
-        "Batches to train (`training`) or to validate on."
+    def loader(self,
+        store: SequenceStore, # of the patients
+        labels, # of `label`
+        rows, # of the store
+        training: bool, # to train on, shuffled; else to validate on
+        **options, # of `BatchLoader`
+    ) -> BatchLoader: # of labelled batches
+        "Batches to train or to validate on."
         return labelled_batches(store, labels, rows, training, transform=partial(attach_progression, store=store, labels=labels), **options)
 
-
+# %% ../nbs/17ab_tasks.ipynb #a4e047d5
 class ClassificationTask(Task):
     "Does the event come within the horizon?"
     name, models = "classification", {"transformer": BEHRTForSequenceClassification, "lstm": LSTMBaseline}
@@ -189,8 +215,14 @@ class ClassificationTask(Task):
         "Yes or no."
         return {}
 
-    def loader(self, store, labels, rows, training: bool, **options) -> BatchLoader: # of labelled batches
-        "Batches to train (`training`) or to validate on. Raises `ValueError` if no label is known to be yes, or none to be no."
+    def loader(self,
+        store: SequenceStore, # of the patients
+        labels, # of `label`
+        rows, # of the store
+        training: bool, # to train on, shuffled; else to validate on
+        **options, # of `BatchLoader`
+    ) -> BatchLoader: # of labelled batches
+        "Batches to train or to validate on. Raises `ValueError` if no label is known to be yes, or none to be no."
         marks = self.landmarks(store, labels, rows)
         answers = known_answers(marks, self.horizons[-1])
         if not (answers == 1).any() or not (answers == 0).any():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HIGHER', 'LOWER', 'MAY_CHANGE', 'higher_is_better', 'TrainingSettings', 'ValidationConcordance', 'parameter_table',
-           'RunState', 'Trainer', 'plot_losses']
+           'RunState', 'Trainer']
 
-# %% ../nbs/16_training.ipynb #37bbe254
+# %% ../nbs/16_training.ipynb #5fdc8609
 import contextlib
 import copy
 import dataclasses
@@ -20,13 +20,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from fastcore.basics import patch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 
@@ -35,7 +35,7 @@ from .checkpoints import Checkpoints, random_states, set_random_states, state_di
 from .jobs import Progress, only_one
 from .landmarks import Landmarks
 from .lora import list_adapters
-from .metrics import COLORS, concordance_index
+from .metrics import concordance_index
 from .steps import (PRECISIONS, SCHEDULES, learning_rate_factor, make_accelerator, make_optimizer, mean_loss, mean_over_units, n_patients, plan_steps, share_step,
                                   sum_over_processes, train_step)
 
@@ -51,10 +51,29 @@ def higher_is_better(
         if re.search(rf"(^|_)({pattern})(_|$)", metric.lower()): return answer
     raise ValueError(f"metric: of '{metric}' it is not known whether more is better. Say it with higher=True or higher=False.")
 
-# %% ../nbs/16_training.ipynb #42b3952e
+# %% ../nbs/16_training.ipynb #7b7bf994
+def _check_training(settings):
+    "Raise `ValueError` for settings that make no sense; numbers of other libraries become Python's."
+    for name in ("epochs", "patients_per_step", "gradient_accumulation_steps", "patience", "evaluate_every", "checkpoint_steps"):
+        value = getattr(settings, name)
+        if value is None and name in ("evaluate_every", "checkpoint_steps"): continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f"{name}: expected at least 1, a whole number, got {value!r}")
+    for name in ("learning_rate", "max_norm", "checkpoint_minutes", "weight_decay", "warmup"):
+        if not isinstance(getattr(settings, name), (int, float)): raise ValueError(f"{name}: expected a number, got {getattr(settings, name)!r}")
+        setattr(settings, name, float(getattr(settings, name)))  # NumPy's too
+    if not isinstance(settings.seed, int): raise ValueError(f"seed: expected a whole number, got {settings.seed!r}")
+    for name in ("learning_rate", "max_norm", "checkpoint_minutes"):
+        if not 0 < getattr(settings, name) < math.inf: raise ValueError(f"{name}: expected a positive number, got {getattr(settings, name)!r}")
+    if not 0 <= settings.weight_decay < math.inf: raise ValueError(f"weight_decay: expected a number of 0 or more, got {settings.weight_decay!r}")
+    if not 0 <= settings.warmup < 1: raise ValueError(f"warmup: expected a share in [0, 1), got {settings.warmup!r}")
+    for name, known in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
+        if getattr(settings, name) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(settings, name)!r}")
+    settings.more_is_better  # raises
+
+
 MAY_CHANGE = ("device", "mixed_precision", "checkpoint_steps", "checkpoint_minutes") # settings that a resumed run may change
 
-# %% ../nbs/16_training.ipynb #55319eee
+# %% ../nbs/16_training.ipynb #e332abf9
 @dataclass
 class TrainingSettings:
     "How to train. Raises `ValueError` for settings that make no sense."
@@ -76,22 +95,7 @@ class TrainingSettings:
     checkpoint_steps: int | None = None # steps between checkpoints; None for minutes alone
     checkpoint_minutes: float = 10.0 # minutes between checkpoints
 
-    def __post_init__(self):
-        for name in ("epochs", "patients_per_step", "gradient_accumulation_steps", "patience", "evaluate_every", "checkpoint_steps"):
-            value = getattr(self, name)
-            if value is None and name in ("evaluate_every", "checkpoint_steps"): continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f"{name}: expected at least 1, a whole number, got {value!r}")
-        for name in ("learning_rate", "max_norm", "checkpoint_minutes", "weight_decay", "warmup"):
-            if not isinstance(getattr(self, name), (int, float)): raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
-            setattr(self, name, float(getattr(self, name)))  # NumPy's too
-        if not isinstance(self.seed, int): raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
-        for name in ("learning_rate", "max_norm", "checkpoint_minutes"):
-            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        if not 0 <= self.weight_decay < math.inf: raise ValueError(f"weight_decay: expected a number of 0 or more, got {self.weight_decay!r}")
-        if not 0 <= self.warmup < 1: raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup!r}")
-        for name, known in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
-            if getattr(self, name) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        self.more_is_better  # raises
+    def __post_init__(self): _check_training(self)
 
     @property
     def more_is_better(self) -> bool:
@@ -255,193 +259,11 @@ def _check_fits(trainer, state):
     if state["frozen_rows"] != _frozen_rows(module): raise ValueError(f"{where}: the run keeps {rows} rows of its table of codes as they are, and here {mine} are kept{', other ones' if rows == mine else ''}. Call freeze_codes, as before the first call, or choose another folder.")
     if state["data"] != trainer.data_digest: raise ValueError(f"{where}: the run was begun on other patients, or with other labels, masks or batches. {remedy}")
 
-# %% ../nbs/16_training.ipynb #9d5907d1
-class _Saving:
-    "What a `Trainer` writes and reads."
-    def _state(self):
-        "Everything that the next step depends on. On all processes at once."
-        scaler, randoms = self.accelerator.scaler, [random_states()]
-        return {"kind": "training", "class": type(self.module).__name__, "model": _weights_of(self), "optimizer": _moments_of(self), "scaler": scaler.state_dict() if scaler else None,
-                "random": gather_object(randoms) if self.accelerator.num_processes > 1 else randoms, "run": dataclasses.asdict(self.run), "best": self.best_weights,
-                "settings": dataclasses.asdict(self.settings), "data": self.data_digest, "trained": _trained(self.module), "frozen_rows": _frozen_rows(self.module), "objective": _objective(self.module)}
+# %% ../nbs/16_training.ipynb #ea8de98e
+class Trainer:
+    """Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`.
 
-    def save(self):
-        "Write a checkpoint, and the best weights if they are new. On all processes at once; the first one writes. Raises `OSError`, with what was there before still there."
-        if self.checkpoints is None: return
-        self._clock()
-        state = self._state()
-        if self.accelerator.is_main_process:
-            if self.run.best and self.run.best["row"] != self._best_written: self._write_best()
-            self.checkpoints.save(state)
-        self._saved_at, self._saved_steps = time.perf_counter(), self.run.steps
-
-    def _write_best(self):
-        "Write the best weights as files to share: the whole model, and the adapters with what was trained beside them."
-        settings = json.loads(json.dumps(getattr(self.module, "settings", None)))
-        about = {"class": type(self.module).__name__, "settings": settings, "row": self.run.history[self.run.best["row"]], "training": dataclasses.asdict(self.settings)}
-        write_state(self.checkpoints.folder/"best_model.pt", {"kind": "best model", "model": self.best_weights, **about})
-        if adapters := list_adapters(self.module):
-            trained = set(_trained(self.module))
-            base = state_digest({name: t for name, t in self.best_weights.items() if name not in trained})
-            write_state(self.checkpoints.folder/"best_lora.pt", {"kind": "best adapters", "trained": {n: t for n, t in self.best_weights.items() if n in trained}, "adapters": {n: dataclasses.asdict(a) for n, a in adapters.items()}, "base": base, **about})
-        self._best_written = self.run.best["row"]
-
-    def _go_on(self):
-        "Be where the checkpoint of the folder is, if there is one. The first process reads, the others hear of it."
-        found = [self.checkpoints.load() if self.accelerator.is_main_process else None]
-        if self.accelerator.num_processes > 1: broadcast_object_list(found)
-        state = found[0]
-        if state is None: return
-        _check_fits(self, state)
-        _put_weights(self, state["model"])
-        _put_moments(self, state["optimizer"])
-        if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.run, self.best_weights = RunState(**state["run"]), state["best"]
-        if self.accelerator.process_index < len(state["random"]): set_random_states(state["random"][self.accelerator.process_index])
-
-# %% ../nbs/16_training.ipynb #3f8fa75b
-def _n_tokens(batch):
-    "Real tokens of a batch; 0 for batches of another make."
-    mask = next((batch[name] for name in ("attention_mask", "visit_mask") if name in batch), None)
-    return 0 if mask is None else int(mask.sum())
-
-
-@contextlib.contextmanager
-def _listening(trainer):
-    "Let SIGTERM and SIGINT end the run at the end of a step, where its state can be saved; a second one ends it at once."
-    if trainer.checkpoints is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    first = None
-    def note(number, frame):
-        nonlocal first
-        if first is None: first, trainer.stop_asked = time.monotonic(), True
-        elif time.monotonic() - first > 2: raise KeyboardInterrupt  # sooner it is the same one: a terminal and a launcher both pass it on
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try: yield
-    finally:
-        for s, handler in before.items(): signal.signal(s, handler)
-
-# %% ../nbs/16_training.ipynb #9591b329
-class _Stepping(_Saving):
-    "How a `Trainer` moves."
-    def _clock(self):
-        "Count the seconds since the last call."
-        now = time.perf_counter()
-        self.run.seconds, self._clocked_at = self.run.seconds + now - self._clocked_at, now
-
-    def _groups(self):
-        "The steps that are left of the epoch: their batches, how many of these only fill up, and their patients."
-        self.train.set_epoch(self.run.epoch)
-        plan, accelerator = self.train.plan(), self.accelerator
-        steps, self._per_epoch = plan_steps(plan, self.settings.patients_per_step), n_patients(plan)
-        self._steps_per_epoch = len(steps)
-        shares = [share_step(step, self.settings.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes) for step in steps[self.run.step:]]
-        before = torch.get_rng_state()
-        batches = self.train.batches([planned for mine, _ in shares for planned in mine])
-        if self.run.step: torch.set_rng_state(before)  # beginning the loader draws a number, and this epoch had begun before
-        for step, (mine, spare) in zip(steps[self.run.step:], shares): yield list(islice(batches, len(mine))), spare, n_patients(step)
-
-    def _step(self, group, spare, patients):
-        "One step at the learning rate of its place in the schedule."
-        began, run, chosen = time.perf_counter(), self.run, self.settings
-        progress = (run.epoch * self._per_epoch + run.seen + patients / 2) / (chosen.epochs * self._per_epoch)
-        for parameters in self.optimizer.param_groups: parameters["lr"] = chosen.learning_rate * learning_rate_factor(progress, chosen.warmup, chosen.schedule)
-        run.parts.append(train_step(self.model, self.optimizer, self.accelerator, group, chosen.max_norm, f"epoch {run.epoch}, step {run.step}", patients, spare))
-        run.step, run.steps, run.seen = run.step + 1, run.steps + 1, run.seen + patients
-        if run.step == self._steps_per_epoch: run.epoch, run.step, run.seen = run.epoch + 1, 0, 0
-        run.tokens, run.stepping = run.tokens + sum(map(_n_tokens, group[:len(group) - spare])), run.stepping + time.perf_counter() - began
-        self.progress.step(f"loss {run.parts[-1][0]:.4f}{self._told}")
-
-    def _evaluate(self):
-        "Ask the validation patients; note the row, and the weights if they are the best so far."
-        run, chosen = self.run, self.settings
-        row = {"epoch": run.epoch - (run.step == 0), "step": run.steps, "train_loss": mean_over_units(run.parts, f"epoch {run.epoch - (run.step == 0)}"),
-               "validation_loss": mean_loss(self.model, self.validation, self.accelerator.device, self.accelerator), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        told = {name: value.item() if hasattr(value, "item") else value for name, value in ((self.metrics(self.module) if self.metrics else None) or {}).items()}
-        if taken := [name for name in told if name in row]: raise ValueError(f"metrics: '{taken[0]}' is a column of the history already. Call it something else")
-        row |= told
-        self.model.train()
-        if chosen.monitor not in row: raise ValueError(f"monitor: '{chosen.monitor}' is not in the history; expected one of {', '.join(row)}. Give `metrics`, such as ValidationConcordance(landmarks, horizon)")
-        if not math.isfinite(row[chosen.monitor]): raise ValueError(f"monitor: '{chosen.monitor}' is {row[chosen.monitor]} after step {run.steps}, so it cannot say which evaluation is the best. Watch validation_loss, or use more validation patients")
-        value, n_tokens = row[chosen.monitor], sum_over_processes([run.tokens], self.accelerator)[0]
-        self._clock()
-        run.history.append(row); run.timings.append({"seconds": run.seconds, "tokens_per_second": n_tokens / run.stepping if run.stepping else 0.0})
-        if run.best is None or (value > run.best["value"] if chosen.more_is_better else value < run.best["value"]): run.best, self.best_weights = {"row": len(run.history) - 1, "value": value}, _weights_of(self)
-        run.parts, run.tokens, run.stepping = [], 0.0, 0.0
-        self._tell()
-        self._call("on_evaluation")
-
-# %% ../nbs/16_training.ipynb #8a9589eb
-class _Running(_Stepping):
-    "How a `Trainer` begins, and goes on until it is over."
-    def _call(self, name):
-        "Tell the callbacks, on the first process. What they draw at random changes no number of the run."
-        if not self.accelerator.is_main_process or not self.callbacks: return
-        randoms = random_states()
-        for callback in self.callbacks: getattr(callback, name, lambda trainer: None)(self)
-        set_random_states(randoms)
-
-    def _tell(self):
-        "What stands beside the loss in the progress: the last evaluation."
-        if not self.history: return
-        row, rate = self.history[-1], self.run.timings[-1]["tokens_per_second"]
-        numbers = {"validation": row["validation_loss"], **{k: v for k, v in row.items() if k not in ("epoch", "step", "train_loss", "validation_loss", "learning_rate")}}
-        self._told = "".join(f", {name} {value:.4f}" for name, value in numbers.items() if isinstance(value, (int, float)) and not isinstance(value, bool)) + (f", {rate:,.0f} tokens/s" if rate else "")
-
-    def _alone(self):
-        "The folder of checkpoints to these processes alone."
-        if self.checkpoints is None or not self.accelerator.is_main_process: return contextlib.nullcontext()
-        if self.checkpoints.folder.is_file(): raise FileExistsError(f"{self.checkpoints.folder}: is a file; expected a folder for checkpoints. Choose another one.")
-        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        return only_one(self.checkpoints.folder, "is training there")
-
-    def _begin(self):
-        "Seed, resume, and say hello."
-        if self._used: raise ValueError("fit: this Trainer has already been used; make a new one to train further")
-        taken = self.checkpoints is not None and not self.resume and self.accelerator.is_main_process and self.checkpoints.exists  # the others may see files that the first one is moving aside
-        if sum_over_processes([float(taken)], self.accelerator)[0]: raise FileExistsError(f"{self.checkpoints.folder}: holds the checkpoint of another run. Resume it with --resume, replace it with --overwrite, or choose another folder.")
-        self._used, self._clocked_at = True, time.perf_counter()
-        seed = self.settings.seed + 1_000_003 * self.accelerator.process_index
-        random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-        if self.resume: self._go_on()
-        self._saved_at, self._saved_steps = time.perf_counter(), self.run.steps
-        self.train.set_epoch(0)
-        total = self.settings.epochs * len(plan_steps(self.train.plan(), self.settings.patients_per_step))
-        self.progress = Progress(total, self.label, self.show_progress and self.accelerator.is_main_process, start=min(self.run.steps, total))
-        self.train.set_epoch(max(0, self.run.epoch - (self.run.step == 0)))  # of the last step: an evaluation that is still due may see a transform that both loaders share
-        self._tell()
-        self._call("on_begin")
-        self.model.train()
-        if not self.run.steps: self.save()
-
-    def _settle(self):
-        "After a step: stop if asked to, evaluate, save."
-        late = time.perf_counter() - self._saved_at > 60 * self.settings.checkpoint_minutes
-        stop, late = sum_over_processes([float(self.stop_asked), float(late and self.accelerator.is_main_process)], self.accelerator)
-        if stop:
-            self.save()
-            raise KeyboardInterrupt(f"stopped after step {self.run.steps}; the checkpoint is in {self.checkpoints.folder}")
-        if self.run.due(self.settings): self._evaluate()
-        if late or (self.settings.checkpoint_steps and self.run.steps - self._saved_steps >= self.settings.checkpoint_steps): self.save()
-
-    def _all_steps(self):
-        "All steps that are left."
-        with _listening(self), contextlib.closing(self.progress):
-            self._settle()
-            while not self.run.over(self.settings):
-                for group in self._groups():
-                    self._step(*group)
-                    self._settle()
-                    if self.run.over(self.settings): break
-            if not self.run.finished:
-                self.run.finished = True
-                self.save()
-            if sum_over_processes([float(self.stop_asked)], self.accelerator)[0]: raise KeyboardInterrupt("stopped when training had ended" + ("" if self.checkpoints is None else f"; the checkpoint is in {self.checkpoints.folder}"))
-
-# %% ../nbs/16_training.ipynb #eeb7f9b9
-class Trainer(_Running):
-    "Fit a model; afterwards it holds the weights of the best evaluation. Further settings are fields of `TrainingSettings`."
+    Raises `TypeError` for a model without `loss(outputs, batch)`, `ValueError` for one of which nothing is trained, for settings that make no sense, and for `resume` without a folder."""
     def __init__(self,
         model: nn.Module, # to train, in place; has `forward(batch)` and `loss(outputs, batch)`
         train: BatchLoader, # batches with labels
@@ -478,36 +300,220 @@ class Trainer(_Running):
         if not self.run.finished: return None
         return f"all {chosen.epochs} epochs done" if self.run.epoch >= chosen.epochs else f"{chosen.monitor} did not improve for {chosen.patience} evaluations"
 
-    def fit(self) -> list: # `history`
-        """Train until the epochs are over or what is watched stops improving; restore the best weights. Once for each `Trainer`.
+# %% ../nbs/16_training.ipynb #a1407673
+@patch
+def _state(self: Trainer):
+    "Everything that the next step depends on. On all processes at once."
+    scaler, randoms = self.accelerator.scaler, [random_states()]
+    return {"kind": "training", "class": type(self.module).__name__, "model": _weights_of(self), "optimizer": _moments_of(self), "scaler": scaler.state_dict() if scaler else None,
+            "random": gather_object(randoms) if self.accelerator.num_processes > 1 else randoms, "run": dataclasses.asdict(self.run), "best": self.best_weights,
+            "settings": dataclasses.asdict(self.settings), "data": self.data_digest, "trained": _trained(self.module), "frozen_rows": _frozen_rows(self.module), "objective": _objective(self.module)}
 
-        Raises `FileExistsError` for a folder with another run, `ValueError` for a checkpoint that does not fit, a loss or gradient that is not finite and whatever the model's `loss` raises, `MemoryError`, `OSError` where nothing can be written, and `KeyboardInterrupt` after a signal."""
-        with self._alone():
-            self._begin()
-            self._all_steps()
-        _put_weights(self, self.best_weights)
-        if self.settings.mixed_precision != "no": self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # answers in full precision from here on
-        self.model.eval()
-        self._call("on_end")
-        return self.history
 
-# %% ../nbs/16_training.ipynb #de91ae18
-def plot_losses(
-    histories: dict, # model name -> what `Trainer.fit` returned
-    ax=None, # matplotlib axes; new ones if None
-    ylabel: str = "negative log-likelihood a patient", # what the loss is
-):
-    "Training (dotted) and validation (solid) loss of each model, with the evaluation that has the lowest."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
-    by_epoch = all(row["epoch"] == i for history in histories.values() for i, row in enumerate(history))
-    for (name, history), color in zip(histories.items(), (COLORS[0], *COLORS[2:], COLORS[1])):
-        at, validation = [row["epoch"] + 1 if by_epoch else row["step"] for row in history], [row["validation_loss"] for row in history]
-        ax.plot(at, [row["train_loss"] for row in history], ls=":", color=color, label=f"{name}, training")
-        ax.plot(at, validation, color=color, marker=".", label=f"{name}, validation")
-        best = validation.index(min(validation))
-        ax.plot(at[best], validation[best], "o", mfc="none", ms=10, color=color)
-    ax.set(xlabel="epoch" if by_epoch else "step", ylabel=ylabel)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize=8)
-    return ax
+@patch
+def save(self: Trainer):
+    "Write a checkpoint, and the best weights if they are new. On all processes at once; the first one writes. Raises `OSError`, with what was there before still there."
+    if self.checkpoints is None: return
+    self._clock()
+    state = self._state()
+    if self.accelerator.is_main_process:
+        if self.run.best and self.run.best["row"] != self._best_written: self._write_best()
+        self.checkpoints.save(state)
+    self._saved_at, self._saved_steps = time.perf_counter(), self.run.steps
+
+
+@patch
+def _write_best(self: Trainer):
+    "Write the best weights as files to share: the whole model, and the adapters with what was trained beside them."
+    settings = json.loads(json.dumps(getattr(self.module, "settings", None)))
+    about = {"class": type(self.module).__name__, "settings": settings, "row": self.run.history[self.run.best["row"]], "training": dataclasses.asdict(self.settings)}
+    write_state(self.checkpoints.folder/"best_model.pt", {"kind": "best model", "model": self.best_weights, **about})
+    if adapters := list_adapters(self.module):
+        trained = set(_trained(self.module))
+        base = state_digest({name: t for name, t in self.best_weights.items() if name not in trained})
+        write_state(self.checkpoints.folder/"best_lora.pt", {"kind": "best adapters", "trained": {n: t for n, t in self.best_weights.items() if n in trained}, "adapters": {n: dataclasses.asdict(a) for n, a in adapters.items()}, "base": base, **about})
+    self._best_written = self.run.best["row"]
+
+# %% ../nbs/16_training.ipynb #e4a7dee1
+@patch
+def _go_on(self: Trainer):
+    "Be where the checkpoint of the folder is, if there is one. The first process reads, the others hear of it."
+    found = [self.checkpoints.load() if self.accelerator.is_main_process else None]
+    if self.accelerator.num_processes > 1: broadcast_object_list(found)
+    state = found[0]
+    if state is None: return
+    _check_fits(self, state)
+    _put_weights(self, state["model"])
+    _put_moments(self, state["optimizer"])
+    if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
+    self.run, self.best_weights = RunState(**state["run"]), state["best"]
+    if self.accelerator.process_index < len(state["random"]): set_random_states(state["random"][self.accelerator.process_index])
+
+# %% ../nbs/16_training.ipynb #3f8fa75b
+def _n_tokens(batch):
+    "Real tokens of a batch; 0 for batches of another make."
+    mask = next((batch[name] for name in ("attention_mask", "visit_mask") if name in batch), None)
+    return 0 if mask is None else int(mask.sum())
+
+
+@contextlib.contextmanager
+def _listening(trainer):
+    "Let SIGTERM and SIGINT end the run at the end of a step, where its state can be saved; a second one ends it at once."
+    if trainer.checkpoints is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first = None
+    def note(number, frame):
+        nonlocal first
+        if first is None: first, trainer.stop_asked = time.monotonic(), True
+        elif time.monotonic() - first > 2: raise KeyboardInterrupt  # sooner it is the same one: a terminal and a launcher both pass it on
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
+# %% ../nbs/16_training.ipynb #bbda4422
+@patch
+def _clock(self: Trainer):
+    "Count the seconds since the last call."
+    now = time.perf_counter()
+    self.run.seconds, self._clocked_at = self.run.seconds + now - self._clocked_at, now
+
+
+@patch
+def _groups(self: Trainer):
+    "The steps that are left of the epoch: their batches, how many of these only fill up, and their patients."
+    self.train.set_epoch(self.run.epoch)
+    plan, accelerator = self.train.plan(), self.accelerator
+    steps, self._per_epoch = plan_steps(plan, self.settings.patients_per_step), n_patients(plan)
+    self._steps_per_epoch = len(steps)
+    shares = [share_step(step, self.settings.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes) for step in steps[self.run.step:]]
+    before = torch.get_rng_state()
+    batches = self.train.batches([planned for mine, _ in shares for planned in mine])
+    if self.run.step: torch.set_rng_state(before)  # beginning the loader draws a number, and this epoch had begun before
+    for step, (mine, spare) in zip(steps[self.run.step:], shares): yield list(islice(batches, len(mine))), spare, n_patients(step)
+
+# %% ../nbs/16_training.ipynb #83f1865b
+@patch
+def _step(self: Trainer, group, spare, patients):
+    "One step at the learning rate of its place in the schedule."
+    began, run, chosen = time.perf_counter(), self.run, self.settings
+    progress = (run.epoch * self._per_epoch + run.seen + patients / 2) / (chosen.epochs * self._per_epoch)
+    for parameters in self.optimizer.param_groups: parameters["lr"] = chosen.learning_rate * learning_rate_factor(progress, chosen.warmup, chosen.schedule)
+    run.parts.append(train_step(self.model, self.optimizer, self.accelerator, group, chosen.max_norm, f"epoch {run.epoch}, step {run.step}", patients, spare))
+    run.step, run.steps, run.seen = run.step + 1, run.steps + 1, run.seen + patients
+    if run.step == self._steps_per_epoch: run.epoch, run.step, run.seen = run.epoch + 1, 0, 0
+    run.tokens, run.stepping = run.tokens + sum(map(_n_tokens, group[:len(group) - spare])), run.stepping + time.perf_counter() - began
+    self.progress.step(f"loss {run.parts[-1][0]:.4f}{self._told}")
+
+# %% ../nbs/16_training.ipynb #df12421e
+@patch
+def _evaluate(self: Trainer):
+    "Ask the validation patients; note the row, and the weights if they are the best so far."
+    run, chosen = self.run, self.settings
+    row = {"epoch": run.epoch - (run.step == 0), "step": run.steps, "train_loss": mean_over_units(run.parts, f"epoch {run.epoch - (run.step == 0)}"),
+           "validation_loss": mean_loss(self.model, self.validation, self.accelerator.device, self.accelerator), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+    told = {name: value.item() if hasattr(value, "item") else value for name, value in ((self.metrics(self.module) if self.metrics else None) or {}).items()}
+    if taken := [name for name in told if name in row]: raise ValueError(f"metrics: '{taken[0]}' is a column of the history already. Call it something else")
+    row |= told
+    self.model.train()
+    if chosen.monitor not in row: raise ValueError(f"monitor: '{chosen.monitor}' is not in the history; expected one of {', '.join(row)}. Give `metrics`, such as ValidationConcordance(landmarks, horizon)")
+    if not math.isfinite(row[chosen.monitor]): raise ValueError(f"monitor: '{chosen.monitor}' is {row[chosen.monitor]} after step {run.steps}, so it cannot say which evaluation is the best. Watch validation_loss, or use more validation patients")
+    value, n_tokens = row[chosen.monitor], sum_over_processes([run.tokens], self.accelerator)[0]
+    self._clock()
+    run.history.append(row); run.timings.append({"seconds": run.seconds, "tokens_per_second": n_tokens / run.stepping if run.stepping else 0.0})
+    if run.best is None or (value > run.best["value"] if chosen.more_is_better else value < run.best["value"]): run.best, self.best_weights = {"row": len(run.history) - 1, "value": value}, _weights_of(self)
+    run.parts, run.tokens, run.stepping = [], 0.0, 0.0
+    self._tell()
+    self._call("on_evaluation")
+
+# %% ../nbs/16_training.ipynb #2f55ae3e
+@patch
+def _call(self: Trainer, name):
+    "Tell the callbacks, on the first process. What they draw at random changes no number of the run."
+    if not self.accelerator.is_main_process or not self.callbacks: return
+    randoms = random_states()
+    for callback in self.callbacks: getattr(callback, name, lambda trainer: None)(self)
+    set_random_states(randoms)
+
+
+@patch
+def _tell(self: Trainer):
+    "What stands beside the loss in the progress: the last evaluation."
+    if not self.history: return
+    row, rate = self.history[-1], self.run.timings[-1]["tokens_per_second"]
+    numbers = {"validation": row["validation_loss"], **{k: v for k, v in row.items() if k not in ("epoch", "step", "train_loss", "validation_loss", "learning_rate")}}
+    self._told = "".join(f", {name} {value:.4f}" for name, value in numbers.items() if isinstance(value, (int, float)) and not isinstance(value, bool)) + (f", {rate:,.0f} tokens/s" if rate else "")
+
+# %% ../nbs/16_training.ipynb #51ef6ab9
+@patch
+def _alone(self: Trainer):
+    "The folder of checkpoints to these processes alone."
+    if self.checkpoints is None or not self.accelerator.is_main_process: return contextlib.nullcontext()
+    if self.checkpoints.folder.is_file(): raise FileExistsError(f"{self.checkpoints.folder}: is a file; expected a folder for checkpoints. Choose another one.")
+    self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+    return only_one(self.checkpoints.folder, "is training there")
+
+
+@patch
+def _begin(self: Trainer):
+    "Seed, resume, and say hello."
+    if self._used: raise ValueError("fit: this Trainer has already been used; make a new one to train further")
+    taken = self.checkpoints is not None and not self.resume and self.accelerator.is_main_process and self.checkpoints.exists  # the others may see files that the first one is moving aside
+    if sum_over_processes([float(taken)], self.accelerator)[0]: raise FileExistsError(f"{self.checkpoints.folder}: holds the checkpoint of another run. Resume it with --resume, replace it with --overwrite, or choose another folder.")
+    self._used, self._clocked_at = True, time.perf_counter()
+    seed = self.settings.seed + 1_000_003 * self.accelerator.process_index
+    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    if self.resume: self._go_on()
+    self._saved_at, self._saved_steps = time.perf_counter(), self.run.steps
+    self.train.set_epoch(0)
+    total = self.settings.epochs * len(plan_steps(self.train.plan(), self.settings.patients_per_step))
+    self.progress = Progress(total, self.label, self.show_progress and self.accelerator.is_main_process, start=min(self.run.steps, total))
+    self.train.set_epoch(max(0, self.run.epoch - (self.run.step == 0)))  # of the last step: an evaluation that is still due may see a transform that both loaders share
+    self._tell()
+    self._call("on_begin")
+    self.model.train()
+    if not self.run.steps: self.save()
+
+# %% ../nbs/16_training.ipynb #474bf77a
+@patch
+def _settle(self: Trainer):
+    "After a step: stop if asked to, evaluate, save."
+    late = time.perf_counter() - self._saved_at > 60 * self.settings.checkpoint_minutes
+    stop, late = sum_over_processes([float(self.stop_asked), float(late and self.accelerator.is_main_process)], self.accelerator)
+    if stop:
+        self.save()
+        raise KeyboardInterrupt(f"stopped after step {self.run.steps}; the checkpoint is in {self.checkpoints.folder}")
+    if self.run.due(self.settings): self._evaluate()
+    if late or (self.settings.checkpoint_steps and self.run.steps - self._saved_steps >= self.settings.checkpoint_steps): self.save()
+
+
+@patch
+def _all_steps(self: Trainer):
+    "All steps that are left."
+    with _listening(self), contextlib.closing(self.progress):
+        self._settle()
+        while not self.run.over(self.settings):
+            for group in self._groups():
+                self._step(*group)
+                self._settle()
+                if self.run.over(self.settings): break
+        if not self.run.finished:
+            self.run.finished = True
+            self.save()
+        if sum_over_processes([float(self.stop_asked)], self.accelerator)[0]: raise KeyboardInterrupt("stopped when training had ended" + ("" if self.checkpoints is None else f"; the checkpoint is in {self.checkpoints.folder}"))
+
+# %% ../nbs/16_training.ipynb #b8df0b9d
+@patch
+def fit(self: Trainer) -> list: # `history`
+    """Train until the epochs are over or what is watched stops improving; restore the best weights. Once for each `Trainer`.
+
+    Raises `FileExistsError` for a folder with another run, `ValueError` for a checkpoint that does not fit, a loss or gradient that is not finite and whatever the model's `loss` raises, `MemoryError`, `OSError` where nothing can be written, and `KeyboardInterrupt` after a signal."""
+    with self._alone():
+        self._begin()
+        self._all_steps()
+    _put_weights(self, self.best_weights)
+    if self.settings.mixed_precision != "no": self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # answers in full precision from here on
+    self.model.eval()
+    self._call("on_end")
+    return self.history

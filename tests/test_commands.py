@@ -23,7 +23,7 @@ from ehr_sequencing.prepare import PrepareConfig, prepare_store
 from ehr_sequencing.runs import FinetuneSettings, PretrainSettings, finetune_run, pretrain_run
 from ehr_sequencing.sequences import load_sequences
 from ehr_sequencing.synthetic import OUTCOME_CODE, write_cohort
-from ehr_sequencing.tracking import load_run
+from ehr_sequencing.run_folders import load_run
 
 SMALL = ("--device", "cpu", "--max_tokens", 32, "--num_patients", 40, "--batch_size", 8)
 TREE = {"checkpoints/best_model.pt", "checkpoints/latest.pt", "logs/metrics_history.json", "hyperparameters.json", "metadata.json", "summary.json", "SUMMARY.txt", "plots/loss_curve.png",

@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from privacy import patient_traces, with_long_ids
 from safetensors.torch import save_file
 
-from ehr_sequencing import run_figures, tracking
+from ehr_sequencing import run_figures, run_folders, tracking
 from ehr_sequencing.events import EventTable
 from ehr_sequencing.horizons import labelled_batches
 from ehr_sequencing.jobs import only_one
@@ -30,12 +30,13 @@ from ehr_sequencing.landmarks import draw_landmarks
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.outcomes import Outcome, label_visits
 from ehr_sequencing.run_figures import plot_run_calibration, plot_run_survival, run_survival
+from ehr_sequencing.run_folders import Run, load_run, to_plain
 from ehr_sequencing.run_tables import BenchmarkTracker, best_runs, group_runs
 from ehr_sequencing.sequences import build_store
 from ehr_sequencing.splits import split_patients
 from ehr_sequencing.survival import survival_curves
 from ehr_sequencing.synthetic import OUTCOME_CODE, simulate_cohort
-from ehr_sequencing.tracking import ExperimentTracker, Run, load_run, to_plain
+from ehr_sequencing.tracking import ExperimentTracker
 from ehr_sequencing.training import Trainer, ValidationConcordance
 from ehr_sequencing.vocabulary import fit_vocabulary
 
@@ -169,10 +170,10 @@ def test_a_disk_that_is_full_stops_no_training_but_the_end(tmp_path, monkeypatch
     tracker, real = begin(tmp_path / "run"), tracking.whole_file
     tracker.log({"epoch": 0, "validation_loss": 1.0})
     def full(path): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(tracking, "whole_file", full)
+    for module in (run_folders, tracking): monkeypatch.setattr(module, "whole_file", full)
     with pytest.warns(UserWarning, match="training goes on"): tracker.log({"epoch": 1, "validation_loss": 0.5})
     with pytest.raises(OSError, match="No space left"): tracker.finish()
-    monkeypatch.setattr(tracking, "whole_file", real)
+    for module in (run_folders, tracking): monkeypatch.setattr(module, "whole_file", real)
     assert len(load_run(tmp_path / "run").history) == 1 and load_run(tmp_path / "run").state == "running"
     tracker.finish()
     assert len(load_run(tmp_path / "run").history) == 2

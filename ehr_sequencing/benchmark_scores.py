@@ -6,13 +6,15 @@
 __all__ = ['CHUNK', 'SCORE', 'DIFFERENCE', 'METRICS', 'ORACLE', 'pair_draws', 'over_seeds', 'Score', 'Difference',
            'BenchmarkScores']
 
-# %% ../nbs/17d_benchmark_scores.ipynb #f6eb3654
+# %% ../nbs/17d_benchmark_scores.ipynb #45df0286
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy.stats import chi2
 from threadpoolctl import threadpool_limits
+
 from .benchmark_results import BenchmarkResults
 from .bootstrap import Bootstrap, draw_counts
 from .brier import mean_over_time, null_risks
@@ -153,16 +155,16 @@ def over_seeds(
     share = max(0.0, 1 - within / between) if between > 0 else 0.0
     return mean + np.sqrt(S * share / spread) * (seeds @ off) / S
 
-# %% ../nbs/17d_benchmark_scores.ipynb #3a4162cb
+# %% ../nbs/17d_benchmark_scores.ipynb #98e6ab29
 @dataclass(frozen=True)
 class Score:
     "A score of one arm with its interval."
-    arm: str
-    n_labels: int | None # None for the oracle, unless it is a gap
-    metric: str
+    arm: str # name
+    n_labels: int | None # labelled patients; None for the oracle, unless it is a gap
+    metric: str # as in `BenchmarkScores.score`
     value: float # mean over seeds
-    low: float
-    high: float
+    low: float # end of the interval
+    high: float # end of the interval
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ class Difference:
     n_labels: int | None # labelled patients
     metric: str # "c_index", "relative_c_index" (of the second's), "brier", "integrated_brier", "gap" or "train_c_index"
     value: float # mean over seeds
-    low: float
-    high: float
+    low: float # end of the interval
+    high: float # end of the interval
     p_value: float # of no difference, two-sided
     level: float # coverage of low to high
 
@@ -241,7 +243,7 @@ class _Draws:
         value, (low, high) = float(values[0].mean()), bounds
         return Bootstrap({what: value}, pd.DataFrame({what: np.clip(over_seeds(values[0], values[1:], self.seed), min(low, value), max(high, value))}), pd.DataFrame({what: []}))
 
-# %% ../nbs/17d_benchmark_scores.ipynb #22d00eb7
+# %% ../nbs/17d_benchmark_scores.ipynb #7178c1a7
 class _Scored(_Draws):
     "What can be asked about cells."
     @property
@@ -270,20 +272,22 @@ class _Scored(_Draws):
         boot = self._boot(self._values(arm, n_labels, metric), what, DIFFERENCE if metric == "gap" else SCORE)
         return Score(arm, None if arm == ORACLE and metric not in ("gap", "train_c_index") else n_labels, metric, boot.estimates[what], *boot.interval(what, level or self.level, "percentile"))
 
-    def difference(self,
-        first: str, # arm, or "oracle"
-        second: str, # arm, or "oracle"
-        n_labels: int | None = None, # of this size; of the largest if None
-        metric: str = "c_index", # one of `METRICS`, or "relative_c_index": the gain as a share of the second's C
-        level: float | None = None, # coverage; that of the table if None
-    ) -> Difference:
-        "First minus second, seed by seed, with its interval. Raises `KeyError` if there is no such arm, `ValueError` where it is undefined."
-        n_labels, what = max(self.results.sizes) if n_labels is None else n_labels, f"{metric} of {first} against {second}"
-        relative = metric == "relative_c_index"
-        a, b = (self._values(arm, n_labels, "c_index" if relative else metric) for arm in (first, second))
-        if not (both := [s for s in a if s in b]): raise ValueError(f"first, second: {first!r} and {second!r} have no seed in common with {n_labels} labelled patients")
-        boot = self._boot({s: a[s] / b[s] - 1 if relative else a[s] - b[s] for s in both}, what, (-1.0, np.inf) if relative else DIFFERENCE)
-        return Difference(first, second, n_labels, metric, boot.estimates[what], *boot.interval(what, level or self.level, "percentile"), boot.p_value(what, method="percentile"), level or self.level)
+# %% ../nbs/17d_benchmark_scores.ipynb #6f3b19a3
+@patch
+def difference(self: _Scored,
+    first: str, # arm, or "oracle"
+    second: str, # arm, or "oracle"
+    n_labels: int | None = None, # of this size; of the largest if None
+    metric: str = "c_index", # one of `METRICS`, or "relative_c_index": the gain as a share of the second's C
+    level: float | None = None, # coverage; that of the table if None
+) -> Difference:
+    "First minus second, seed by seed, with its interval. Raises `KeyError` if there is no such arm, `ValueError` where it is undefined."
+    n_labels, what = max(self.results.sizes) if n_labels is None else n_labels, f"{metric} of {first} against {second}"
+    relative = metric == "relative_c_index"
+    a, b = (self._values(arm, n_labels, "c_index" if relative else metric) for arm in (first, second))
+    if not (both := [s for s in a if s in b]): raise ValueError(f"first, second: {first!r} and {second!r} have no seed in common with {n_labels} labelled patients")
+    boot = self._boot({s: a[s] / b[s] - 1 if relative else a[s] - b[s] for s in both}, what, (-1.0, np.inf) if relative else DIFFERENCE)
+    return Difference(first, second, n_labels, metric, boot.estimates[what], *boot.interval(what, level or self.level, "percentile"), boot.p_value(what, method="percentile"), level or self.level)
 
 # %% ../nbs/17d_benchmark_scores.ipynb #d6ebc6dd
 def _mean(values) -> float: # NaN without values

@@ -7,7 +7,7 @@ __all__ = ['TIME_FIELDS', 'METHODS', 'SIGNS', 'METRICS', 'STYLE', 'MACROS', 'PAG
            'Text', 'Items', 'Code', 'Heading', 'Figure', 'Table', 'Outcome', 'Overview', 'Section', 'report_sections',
            'report_markdown', 'report_html', 'draw_figures', 'write_report']
 
-# %% ../nbs/17f_report.ipynb #a493401b
+# %% ../nbs/17f_report.ipynb #932f5ee8
 import base64
 import io
 import json
@@ -26,6 +26,7 @@ from .benchmark_figures import (
     describe_arm_calibration, describe_arms, describe_costs, describe_differences, describe_label_efficiency, describe_metric_over_time,
     plot_arm_calibration, plot_arms, plot_costs, plot_differences, plot_label_efficiency, plot_metric_over_time)
 from .benchmark_results import BenchmarkResults
+from .hypotheses import passed_checks
 from .run_figures import hide_small
 from .run_tables import markdown_table
 from .tracking import readable_time
@@ -99,16 +100,7 @@ def _answer(contents):
     if oracle: beside.append(f"the oracle, which knows the true risks, {_interval(oracle, 'c_index')}")
     return said + ([f"For comparison: {'; '.join(beside)}."] if beside else []) + [f"{v['question']} {' '.join(re.split(r'(?<=[.!?]) ', v['words'])[:2])}" for v in contents["verdicts"] if v["name"] == "H5" and v["differences"]]
 
-# %% ../nbs/17f_report.ipynb #58b4b1a8
-def _checked(results):
-    "What would have been a red flag."
-    control, n = next((arm for arm in results.arms if results.kinds[arm] == "control"), None), results.test.n_patients_with_event
-    said = [f"The risks of all {len(results.cells):,} fits were asked for again with everything after the landmark taken away; none of them moved.", f"{n:,} test patients have the event, and there are {len(results.seeds)} seeds, of which no fit is missing."]
-    if control: said.append(f"Every other arm ranks better than the control, “{control}”, with every number of labelled patients, and not by chance.")
-    if results.oracle is not None: said.append("No C-index lies above that of the oracle, which knows the true risks, beyond the interval.")
-    return said + ["With the most labelled patients no arm's risks are off by a factor of two or more."]
-
-
+# %% ../nbs/17f_report.ipynb #54d5a626
 METHODS = (
     "Every arm is asked the same thing at the same moments: at a landmark of a test patient, how likely is the event within the horizon? A patient has several landmarks, about one a year, chosen without looking ahead. The record after the landmark is not shown.",
     "Test patients are set apart once, by patient, and are used for nothing else. For each seed and size all arms learn from the same labelled patients; smaller sets are part of larger ones. A part of them serves to stop and to choose settings, and counts as labelled. Each arm has the same number of settings to choose from.",
@@ -116,7 +108,7 @@ METHODS = (
     "Brier score: the mean squared distance between risk and what happened, weighted for censoring; 0 is perfect. AUC: the same question as the C-index, about who has had the event by one day. Observed over expected: events observed (Kaplan-Meier) over events predicted; 1 is right, above 1 the risks are too low.",
     "Leak check: each fit is asked again after everything after the landmark is taken out of the record. A risk that moves has seen the future.")
 
-# %% ../nbs/17f_report.ipynb #2ade63ab
+# %% ../nbs/17f_report.ipynb #a04797d1
 def _limits(results):
     "What these results cannot show, as far as it follows from their form."
     seeds = len(results.seeds)
@@ -137,18 +129,18 @@ def report_contents(
     if not about.get("title"): raise ValueError("about: expected a 'title', the first line of the report. Give results.about one.")
     about |= {name: hide_small(about[name]) for name in ("flow", "split") if name in about}
     test = {name: hide_small(int(n)) for name, n in {"patients": results.test.n_patients, "patients_with_event": results.test.n_patients_with_event, "landmarks": len(results.test), "events": int(results.test.events.sum())}.items()}
-    contents = {"schema": "ehr_sequencing benchmark report", "schema_version": 1, "time_fields": list(TIME_FIELDS), "title": about["title"], "flags": list(flags), "checked": [] if flags else _checked(results),
+    contents = {"schema": "ehr_sequencing benchmark report", "schema_version": 1, "time_fields": list(TIME_FIELDS), "title": about["title"], "flags": list(flags), "checked": [] if flags else passed_checks(scores),
         "horizons_days": _plain(results.horizons), "sizes": results.sizes, "seeds": results.seeds, "level": scores.level, "n_resamples": scores.n_resamples, "test": test,
         "results": _records(scores.table), "over_time": _records(scores.over_time), "verdicts": [_plain(asdict(v)) for v in verdicts], "differences": _differences(results, scores, verdicts),
         "fits": _fits(results), "methods": [*METHODS, f"Intervals: {100 * scores.level:g} %, from {scores.n_resamples:,} bootstrap draws of patients, with all their landmarks, and of seeds. All arms and sizes get the same draws, so differences are paired.", *about.pop("methods", [])],
         "limits": _limits(results) + list(scores.notes) + about.pop("limits", []), "about": about}
     return contents | {"answer": _answer(contents)}
 
-# %% ../nbs/17f_report.ipynb #1d6330df
+# %% ../nbs/17f_report.ipynb #477b5b2a
 @dataclass
 class Text:
     "A paragraph."
-    text: str
+    text: str # plain
     form = "text"
 
 
@@ -164,14 +156,14 @@ class Items:
 @dataclass
 class Code:
     "Something to be typed."
-    text: str
+    text: str # of one or more lines
     form = "code"
 
-# %% ../nbs/17f_report.ipynb #b638720a
+# %% ../nbs/17f_report.ipynb #40dbebac
 @dataclass
 class Heading:
     "A heading below that of the section."
-    text: str
+    text: str # plain
     form = "heading"
 
 
@@ -179,7 +171,7 @@ class Heading:
 class Figure:
     "A picture that is made elsewhere, by name."
     name: str # of the file, without its ending
-    caption: str
+    caption: str # below it
     alt: str # for those who cannot see it
     timed: bool = False # it shows times
     form = "figure"
@@ -188,7 +180,7 @@ class Figure:
 @dataclass
 class Table:
     "Text in rows and columns; the first column names the row."
-    caption: str
+    caption: str # above it
     columns: list # of str
     rows: list # of lists of str
     times: tuple = () # names of columns that hold times
@@ -196,23 +188,23 @@ class Table:
     folded: bool = False # shown when asked for
     form = "table"
 
-# %% ../nbs/17f_report.ipynb #0fa3ebdc
+# %% ../nbs/17f_report.ipynb #871bf0eb
 @dataclass
 class Outcome:
     "A verdict: its outcome as a word and a sign, not by colour alone."
-    name: str
-    question: str
-    outcome: str
-    words: str
-    note: str
-    table: Table
+    name: str # "H1" to "H5"
+    question: str # as it was asked
+    outcome: str # supported, refuted or not decided
+    words: str # the answer
+    note: str # why nothing could be decided; empty if that is said already
+    table: Table # the differences behind it; None if there are none
     form = "verdict"
 
 
 @dataclass
 class Overview:
     "The verdicts at a glance."
-    items: list # of (name, question, outcome)
+    items: list # of (name, question, outcome), texts
     form = "overview"
 
 
@@ -222,9 +214,9 @@ SIGNS = {"supported": "\u2713", "refuted": "\u2717", "not decided": "?"}
 @dataclass
 class Section:
     "A part of the page."
-    anchor: str
-    title: str
-    blocks: list
+    anchor: str # for links
+    title: str # its heading
+    blocks: list # of those above, in the order of the page
 
 # %% ../nbs/17f_report.ipynb #d09c8216
 def _years(days):

@@ -44,15 +44,15 @@ from .training import Trainer
 from .transformers import HierarchicalConfig, SurvivalTransformer
 from .vocabulary import offsets_of
 
-# %% ../nbs/17ca_arms.ipynb #0a85b2f3
+# %% ../nbs/17ca_arms.ipynb #f114ac57
 MODEL_SIZES = ("small", "medium", "large")
 
 
 @dataclass(frozen=True)
 class FittingSettings:
     "The rule by which arms are fitted, the same for all. Raises `ValueError` for numbers below 1 and an unknown size."
-    epochs: int = 30 # E, of a network, at most
-    presentations: int = 40_000 # P, how often a patient is shown to a network, over all patients and epochs, at most (but one epoch at least)
+    epochs: int = 30 # of a network, at most
+    presentations: int = 40_000 # how often a patient is shown to a network, over all patients and epochs, at most (but one epoch at least)
     patience: int = 3 # epochs without improvement before stopping
     model_size: str = "small" # preset of the networks, one of `MODEL_SIZES`
     max_tokens: int = 512 # tokens of a patient that a network sees at once
@@ -69,7 +69,7 @@ class FittingSettings:
 
     def epochs_for(self,
         n: int, # patients to fit to
-    ) -> int: # E(n)
+    ) -> int: # at least 1
         "Epochs that a network may train, at most."
         return min(self.epochs, max(1, self.presentations // max(1, n)))
 

@@ -357,7 +357,7 @@ def _observed_groups(asked: Asked, risks: list, horizon: float, n_groups: int, l
     low, high = risk_interval(observed, error, known, level)
     return pd.DataFrame({"predicted": at, "observed": observed, "low": low, "high": high})
 
-# %% ../nbs/17e_benchmark_figures.ipynb #fb7b2306
+# %% ../nbs/17e_benchmark_figures.ipynb #b844d892
 def _said(results: BenchmarkResults, arm: str) -> list: # of (n,), one a seed
     "Risks within the last horizon at the test landmarks, with the largest number of labelled patients."
     return [results.oracle[:, -1]] if arm == "oracle" and results.oracle is not None else [c.risks[:, -1] for c in results.of(arm)]
@@ -371,7 +371,7 @@ def _slope(results: BenchmarkResults, arm: str) -> str:
 
 
 def arm_calibration(
-    results: BenchmarkResults,
+    results: BenchmarkResults, # with risks of the cells
     arms=None, # names; all, and the oracle if there is one, if None
     n_groups: int = 5, # groups of predicted risk, at most
     level: float = 0.95, # coverage
@@ -380,9 +380,9 @@ def arm_calibration(
     names = [*results.arms, *(["oracle"] if results.oracle is not None else [])] if arms is None else list(arms)
     return pd.concat([_observed_groups(results.test, _said(results, name), float(results.horizons[-1]), n_groups, level).assign(arm=name) for name in names], ignore_index=True)
 
-# %% ../nbs/17e_benchmark_figures.ipynb #faf632d3
+# %% ../nbs/17e_benchmark_figures.ipynb #78773283
 def plot_arm_calibration(
-    results: BenchmarkResults,
+    results: BenchmarkResults, # with risks of the cells
     arms=None, # names; all, and the oracle if there is one, if None
     axes=None, # as many matplotlib axes as arms; new ones if None
 ): # -> the axes, (arms,)
@@ -514,7 +514,7 @@ def describe_differences(
     told = [f"{v.name}, {v.outcome}: " + (", ".join(f"{d.first} minus {d.second}{_DRAWN[d.metric]} {_number(d)}" for _, d, _ in _asked_rows(v, False)) or "nothing to compare") for v in verdicts]
     return f"Differences in C-index with their intervals beside zero and a margin of \u00b1{margin:g}. {'; '.join(told)}."
 
-# %% ../nbs/17e_benchmark_figures.ipynb #25905e07
+# %% ../nbs/17e_benchmark_figures.ipynb #ca561d72
 def describe_metric_over_time(
     scores, # `BenchmarkScores`
     metric: str = "brier", # as in `plot_metric_over_time`
@@ -527,7 +527,7 @@ def describe_metric_over_time(
 
 
 def describe_arm_calibration(
-    results: BenchmarkResults,
+    results: BenchmarkResults, # with risks of the cells
     arms=None, # as in `plot_arm_calibration`
 ) -> str:
     "What `plot_arm_calibration` shows, for those who cannot see it."

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'COMPARED', 'MIN_LABELS', 'BenchmarkConfig', 'Cohort', 'prepare_cohort', 'labelled_order', 'label_sizes',
            'make_task']
 
-# %% ../nbs/17g_benchmark_plan.ipynb #98e4d240
+# %% ../nbs/17g_benchmark_plan.ipynb #c4034041
 import dataclasses
 import math
 import re
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
-from .arms import FittingSettings, Task
+from .arms import MODEL_SIZES, FittingSettings, Task
 from .events import EventTable, cohort_summary, sample_patients
 from .landmarks import Landmarks, spaced_landmarks
 from .outcomes import Outcome, VisitLabels, feature_exclusions, horizons_up_to, label_visits
@@ -34,7 +35,7 @@ PRESETS = { # how much is run
 }
 COMPARED = ("arms", "losses")
 
-# %% ../nbs/17g_benchmark_plan.ipynb #9c598c53
+# %% ../nbs/17g_benchmark_plan.ipynb #b4aeae8e
 @dataclass
 class BenchmarkConfig:
     "What a benchmark runs on and how. What is None comes from the preset. Raises `ValueError` for settings that make no sense."
@@ -50,7 +51,7 @@ class BenchmarkConfig:
     epochs: int | None = None # of the networks, at most
     presentations: int | None = None # patients shown to a network in all epochs together, at most, the first epoch apart
     trials: int | None = None # settings that each arm may try, 1 to 3
-    model_size: str | None = None # "small", "medium" or "large"
+    model_size: str | None = None # one of `MODEL_SIZES`
     num_patients: int | None = None # of the synthetic cohort
     hazard_ratio: float = 3 # of the synthetic cohort: a clinic in which the outcome is three times as common as in people of that age
     limit: int | None = None # keep at most this many patients
@@ -74,30 +75,10 @@ class BenchmarkConfig:
         _check_config(self)
         if self.outcome is None: self.outcome = OUTCOME_CODE
 
-    @property
-    def horizons(self) -> tuple: # increasing days, ending with the horizon
-        "Ends of the calendar bins, at which risks are given."
-        return horizons_up_to(365.0 * self.horizon_years)
+# %% ../nbs/17g_benchmark_plan.ipynb #65f5665e
+MIN_LABELS = 20 # labelled patients with which an arm is fitted, at least
 
-    @property
-    def folder(self) -> Path: # where the report goes
-        "`out`, or `experiments/` with a name made of source, outcome, preset and seed."
-        if self.out: return Path(self.out)
-        stem = "synthetic" if self.source is None else re.sub(r"[.?].*$", "", Path(self.source).name)
-        name = f"{stem}-{self.outcome}-{self.preset}{'-losses' * (self.compare == 'losses')}-seed{self.seed}"
-        return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
-    @property
-    def fitting(self) -> FittingSettings: # of every network
-        "How networks are trained."
-        return FittingSettings(epochs=self.epochs, presentations=self.presentations, model_size=self.model_size, max_tokens=self.max_tokens, token_budget=self.token_budget, device=self.device)
-
-    @property
-    def pretraining(self) -> FittingSettings: # of the encoder of each seed
-        "How encoders are pre-trained: by the same rule, with twice the presentations, since one encoder serves three arms and all sizes."
-        return dataclasses.replace(self.fitting, presentations=2 * self.presentations)
-
-# %% ../nbs/17g_benchmark_plan.ipynb #9d1ea081
 def _check_config(config):
     "Raise `ValueError` for settings that make no sense."
     whole = {"n_seeds": 1, "epochs": 1, "presentations": 1, "num_patients": 1, "max_tokens": 1, "token_budget": 1, "min_patients": 1, "n_resamples": 1, "limit": 1, "n_jobs": 1, "seed": 0}
@@ -105,15 +86,39 @@ def _check_config(config):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least): raise ValueError(f"{name}: expected a whole number, {least} or more, got {value!r}")
     if config.trials not in (1, 2, 3): raise ValueError(f"trials: expected 1, 2 or 3 settings to try, got {config.trials!r}")
-    if config.model_size not in ("small", "medium", "large"): raise ValueError(f"model_size: expected small, medium or large, got {config.model_size!r}")
+    if config.model_size not in MODEL_SIZES: raise ValueError(f"model_size: expected one of {', '.join(MODEL_SIZES)}, got {config.model_size!r}")
     if not 0 < config.horizon_years < 200: raise ValueError(f"horizon_years: expected a positive number of years, got {config.horizon_years}")
     if not 0 < config.hazard_ratio < math.inf: raise ValueError(f"hazard_ratio: expected a positive number, got {config.hazard_ratio}")
     if not config.sizes or not all(n == "all" or (isinstance(n, int) and not isinstance(n, bool) and n >= MIN_LABELS) for n in config.sizes):
         raise ValueError(f"sizes: expected numbers of labelled patients, {MIN_LABELS} or more, or 'all', got {config.sizes!r}")
     if config.source is not None and config.outcome is None: raise ValueError("outcome: name one for your data with --outcome, such as --outcome death or --outcome 'SNOMED//44054006'")
 
+# %% ../nbs/17g_benchmark_plan.ipynb #e044fa87
+@patch(as_prop=True)
+def horizons(self: BenchmarkConfig) -> tuple: # increasing days, ending with the horizon
+    "Ends of the calendar bins, at which risks are given."
+    return horizons_up_to(365.0 * self.horizon_years)
 
-MIN_LABELS = 20 # labelled patients with which an arm is fitted, at least
+
+@patch(as_prop=True)
+def folder(self: BenchmarkConfig) -> Path: # where the report goes
+    "`out`, or `experiments/` with a name made of source, outcome, preset and seed."
+    if self.out: return Path(self.out)
+    stem = "synthetic" if self.source is None else re.sub(r"[.?].*$", "", Path(self.source).name)
+    name = f"{stem}-{self.outcome}-{self.preset}{'-losses' * (self.compare == 'losses')}-seed{self.seed}"
+    return Path("experiments")/re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+@patch(as_prop=True)
+def fitting(self: BenchmarkConfig) -> FittingSettings: # of every network
+    "How networks are trained."
+    return FittingSettings(epochs=self.epochs, presentations=self.presentations, model_size=self.model_size, max_tokens=self.max_tokens, token_budget=self.token_budget, device=self.device)
+
+
+@patch(as_prop=True)
+def pretraining(self: BenchmarkConfig) -> FittingSettings: # of the encoder of each seed
+    "How encoders are pre-trained: by the same rule, with twice the presentations, since one encoder serves three arms and all sizes."
+    return dataclasses.replace(self.fitting, presentations=2 * self.presentations)
 
 # %% ../nbs/17g_benchmark_plan.ipynb #5aa26bd8
 @dataclass

@@ -128,7 +128,7 @@ class BenchmarkResults:
         if not found: raise KeyError(f"arm, n_labels: there is no cell of {arm!r} with {n_labels} labelled patients; expected one of {', '.join(map(repr, self.arms))} and of {self.sizes}")
         return found
 
-# %% ../nbs/17c_benchmark_results.ipynb #f698757f
+# %% ../nbs/17c_benchmark_results.ipynb #52786f6b
 def imitate_results(
     noise: dict, # name of an arm -> standard deviation of its error in the logit, with 1,000 labelled patients
     kinds: dict | None = None, # name of an arm -> one of `KINDS`; network if None
@@ -146,8 +146,8 @@ def imitate_results(
         until = np.minimum(np.minimum(times, ends), 1825).round().clip(1)
         return Asked(until, (times <= ends) & (times <= 1825), np.repeat(np.arange(n), 3)), -np.expm1(-rate[:, None] * horizons)
     def say(risks, spread): # noisy risks
-        z = 0.8 * np.repeat(generator.normal(size=len(risks) // 3), 3) + 0.6 * generator.normal(size=len(risks))
-        return 1 / (1 + np.exp(-(np.log(risks / (1 - risks)) + (spread * z)[:, None])))
+        error = 0.8 * np.repeat(generator.normal(size=len(risks) // 3), 3) + 0.6 * generator.normal(size=len(risks))
+        return 1 / (1 + np.exp(-(np.log(risks / (1 - risks)) + (spread * error)[:, None])))
     (test, truth), (labelled, _) = people(n_patients), people(max(sizes))
     train = {(n, s): people(min(n, 200)) for n in sizes for s in range(n_seeds)}
     cells = [Cell(arm, n, s, say(truth, sigma * (1000 / n) ** 0.5), say(train[n, s][1], 0.5 * sigma * (1000 / n) ** 0.5), 1000 * (1 + i), 100 * (1 + i), 0.01 * n * (1 + i), 0.01 * n * (1 + i), epochs=5, setting="learning rate 0.001")

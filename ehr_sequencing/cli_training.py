@@ -5,40 +5,21 @@
 # %% auto #0
 __all__ = ['ehrseq_pretrain', 'ehrseq_finetune', 'ehrseq_predict']
 
-# %% ../nbs/19a_cli_training.ipynb #697f0cb9
+# %% ../nbs/19a_cli_training.ipynb #8cff0721
+from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from .cli import read_columns, run_command
+from .cli import parts_of, read_columns, run_command
 
-# %% ../nbs/19a_cli_training.ipynb #34c489f0
-_GO_ON = "the same command with --resume goes on"
-
-
-def _names(text): return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def _options(given):
-    "The settings among the local variables of a command."
-    return {name: value for name, value in given.items() if name not in ("track", "columns")} | {"track": _names(given["track"])}
-
-# %% ../nbs/19a_cli_training.ipynb #28e17b68
-@call_parse
-def ehrseq_pretrain(
-    store: str, # folder of the store
-    out: str = "experiments/pretrained", # folder of the run
-    objective: str = "mlm", # mlm (masked codes), next_visit, both or contrastive
-    model_size: str = None, # small, medium or large; small if absent
+# %% ../nbs/19a_cli_training.ipynb #282f706b
+def _training_options(
     num_patients: int = None, # training patients to keep, validation patients in proportion; all if absent
     epochs: int = 20, # at most
-    batch_size: int = 32, # patients a step
     gradient_accumulation_steps: int = 1, # pieces into which each batch is cut: less memory, the same step
-    learning_rate: float = None, # highest; by size if absent
     weight_decay: float = 0.05, # on matrices
     schedule: str = "cosine", # cosine, linear or constant, after the warm-up
     patience: int = 5, # evaluations without improvement before stopping
     evaluate_every: int = None, # steps between evaluations; the end of each epoch if absent
-    masking: float = 0.15, # share of codes masked
-    max_tokens: int = 256, # tokens of a history that are read at once
     token_budget: int = 8192, # tokens a batch, padding included
     gradient_checkpointing: bool = False, # compute blocks again in the backward pass: less memory, more time
     mixed_precision: str = "no", # no, bf16 or fp16
@@ -52,15 +33,41 @@ def ehrseq_pretrain(
     price_per_hour: float = None, # of the machine, for an estimate of the cost
     track: str = "", # tensorboard, mlflow; separated by commas
 ):
+    "Options of every training."
+
+
+def _settings(given):
+    "The settings among the local variables of a command; what is not given has the default of the settings."
+    options = {name: value for name, value in given.items() if name not in ("kwargs", "columns")} | given["kwargs"]
+    return options | {"track": parts_of(options.get("track"))}
+
+
+_GO_ON = "the same command with --resume goes on"
+
+# %% ../nbs/19a_cli_training.ipynb #1bc921d7
+@call_parse
+@delegates(_training_options)
+def ehrseq_pretrain(
+    store: str, # folder of the store
+    out: str = "experiments/pretrained", # folder of the run
+    objective: str = "mlm", # mlm (masked codes), next_visit, both or contrastive
+    model_size: str = None, # small, medium or large; small if absent
+    batch_size: int = 32, # patients a step
+    learning_rate: float = None, # highest; by size if absent
+    masking: float = 0.15, # share of codes masked
+    max_tokens: int = 256, # tokens of a history that are read at once
+    **kwargs # of every training
+):
     "Pre-train an encoder on the training patients of a store; its tuning patients say when to stop, held-out patients are not touched."
-    options = _options(locals())
+    options = _settings(locals())
     def job():
         from ehr_sequencing.runs import PretrainSettings, pretrain_run
         pretrain_run(PretrainSettings(**options))
     run_command("ehrseq_pretrain", job, _GO_ON)
 
-# %% ../nbs/19a_cli_training.ipynb #507454d8
+# %% ../nbs/19a_cli_training.ipynb #cb56bc41
 @call_parse
+@delegates(_training_options)
 def ehrseq_finetune(
     store: str, # folder of the store
     out: str = "experiments/finetuned", # folder of the run
@@ -78,39 +85,21 @@ def ehrseq_finetune(
     freeze_behrt: bool = False, # train the head alone; with --use_lora, adapters and head
     use_lora: bool = False, # train adapters in the place of all weights
     lora_rank: int = 8, # of the adapters
-    num_patients: int = None, # training patients to keep, validation patients in proportion; all if absent
-    epochs: int = 20, # at most
     batch_size: int = 64, # patients a step
-    gradient_accumulation_steps: int = 1, # pieces into which each batch is cut: less memory, the same step
     learning_rate: float = None, # highest; by model, size and what is trained if absent
-    weight_decay: float = 0.05, # on matrices
-    schedule: str = "cosine", # cosine, linear or constant, after the warm-up
-    patience: int = 5, # evaluations without improvement before stopping
     monitor: str = "validation_loss", # what is watched: validation_loss or c_index
-    evaluate_every: int = None, # steps between evaluations; the end of each epoch if absent
     max_tokens: int = 512, # tokens of a history that are read
-    token_budget: int = 8192, # tokens a batch, padding included
-    gradient_checkpointing: bool = False, # compute blocks again in the backward pass: less memory, more time
-    mixed_precision: str = "no", # no, bf16 or fp16
-    device: str = "auto", # auto, cpu, cuda or mps
-    num_workers: int = 0, # processes that prepare batches ahead
-    seed: int = 0, # of everything random
     n_resamples: int = 500, # draws of patients, for the intervals at the end; 0 for none
-    resume: bool = False, # go on with the run that is in the folder
-    overwrite: bool = False, # replace the run that is in the folder
-    checkpoint_minutes: float = 10.0, # minutes between checkpoints
-    checkpoint_steps: int = None, # steps between checkpoints, too
-    price_per_hour: float = None, # of the machine, for an estimate of the cost
-    track: str = "", # tensorboard, mlflow; separated by commas
+    **kwargs # of every training
 ):
     "Fine-tune a model for survival, progression or classification, and judge it on the held-out patients."
-    options = _options(locals())
+    options = _settings(locals())
     def job():
         from ehr_sequencing.runs import FinetuneSettings, finetune_run
         finetune_run(FinetuneSettings(**options, columns=read_columns(columns)))
     run_command("ehrseq_finetune", job, _GO_ON)
 
-# %% ../nbs/19a_cli_training.ipynb #db33e786
+# %% ../nbs/19a_cli_training.ipynb #44994113
 @call_parse
 def ehrseq_predict(
     store: str, # folder of the store
@@ -125,9 +114,10 @@ def ehrseq_predict(
     overwrite: bool = False, # replace an existing file
 ):
     "Write the risks of patients, by moment and horizon, as Parquet. Needs no outcome and no labels."
+    options = dict(locals())
     def job():
         from ehr_sequencing.predictions import PredictSettings, predict_run
-        try: days = tuple(map(float, _names(horizons))) or None
+        try: days = tuple(map(float, parts_of(horizons))) or None
         except ValueError: raise ValueError(f"horizons: expected days separated by commas, such as 365,1825, got {horizons!r}") from None
-        predict_run(PredictSettings(store=store, model=model, out=out, at=at, horizons=days, split=split, device=device, token_budget=token_budget, max_tokens=max_tokens, overwrite=overwrite))
+        predict_run(PredictSettings(**options | {"horizons": days}))
     run_command("ehrseq_predict", job)

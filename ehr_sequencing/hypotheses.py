@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SCRATCH', 'LORA', 'LSTM', 'COX', 'TREES', 'MIN_EVENTS', 'MARGIN', 'EXPECTED_GAIN', 'MIN_SAVED', 'OUTCOMES',
-           'QUESTIONS', 'Verdict', 'decide_hypotheses', 'red_flags']
+           'QUESTIONS', 'Verdict', 'decide_hypotheses', 'red_flags', 'passed_checks']
 
-# %% ../nbs/17da_hypotheses.ipynb #8c7ec099
+# %% ../nbs/17da_hypotheses.ipynb #c37202d2
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from .benchmark_scores import ORACLE, BenchmarkScores, Difference
 from .run_figures import hide_small
 
-# %% ../nbs/17da_hypotheses.ipynb #fc14d953
+# %% ../nbs/17da_hypotheses.ipynb #55e70b17
 FULL, SCRATCH, LORA = "BEHRT, pre-trained, full", "BEHRT, from scratch", "BEHRT, pre-trained, LoRA"
 LSTM, COX, TREES = "LSTM", "Cox, counts", "boosted trees, counts"
 MIN_EVENTS = 20 # test patients with the event, below which nothing is decided
@@ -29,7 +30,7 @@ QUESTIONS = (("H1", "Does pre-training help?"), ("H2", "Does BEHRT beat the LSTM
 class Verdict:
     "What a benchmark says to one question."
     name: str # "H1" to "H5"
-    question: str
+    question: str # as in `QUESTIONS`
     outcome: str # one of `OUTCOMES`
     words: str # the answer, for a reader
     differences: list = field(default_factory=list) # of `Difference`; the primary one first (of H5 the first two)
@@ -154,7 +155,25 @@ def decide_hypotheses(
         except ValueError as error: verdicts.append(_undecided(*question, f"{error}."))  # a score without an interval
     return verdicts
 
-# %% ../nbs/17da_hypotheses.ipynb #d749b7fc
+# %% ../nbs/17da_hypotheses.ipynb #37507420
+def _looks_nowhere_ahead(scores: BenchmarkScores) -> tuple: # flags; what to say without one
+    "No arm looks ahead."
+    results = scores.results
+    leaks = {arm: sorted({c.leak for c in results.cells if c.arm == arm and c.leak}) for arm in results.arms}
+    return [f'"{arm}" looks ahead: {"; ".join(found)}. No verdict uses it.' for arm, found in leaks.items() if found], \
+        f"The risks of all {len(results.cells):,} fits were asked for again with everything after the landmark taken away; none of them moved."
+
+
+def _is_large_enough(scores: BenchmarkScores) -> tuple:
+    "There are enough events, and more than one seed; and no cell is missing."
+    results, flags, there = scores.results, [], {c.key for c in scores.results.cells}
+    if (n := results.test.n_patients_with_event) < MIN_EVENTS: flags.append(f"Only {hide_small(n)} test patients have the event. With fewer than {MIN_EVENTS} nothing is decided.")
+    if len(results.seeds) == 1: flags.append("There is one seed, so intervals do not cover what another seed would have given.")
+    planned = [(arm, n, s) for n in results.sizes for arm in results.arms for s in results.seeds]
+    if missing := [key for key in planned if key not in there]: flags.append(f"{len(missing)} of {len(planned)} cells are missing, the first one {missing[0][0]} with {missing[0][1]:,} labelled patients and seed {missing[0][2]}.")
+    return flags, f"{n:,} test patients have the event, and there are {len(results.seeds)} seeds, of which no fit is missing."
+
+# %% ../nbs/17da_hypotheses.ipynb #0913d20a
 def _surely_above(scores: BenchmarkScores, first: str, second: str, n_labels: int) -> Difference | None:
     "The difference of C if its interval lies above 0."
     try: d = scores.difference(first, second, n_labels)
@@ -162,31 +181,48 @@ def _surely_above(scores: BenchmarkScores, first: str, second: str, n_labels: in
     return d if d.low > 0 else None
 
 
-def _flagged_arms(scores: BenchmarkScores) -> list:
-    "Arms that look ahead, beat the oracle, or do not beat the control."
-    results, flags, control = scores.results, [], scores.control
-    for arm in results.arms:
-        if leaks := sorted({c.leak for c in results.cells if c.arm == arm and c.leak}): flags.append(f'"{arm}" looks ahead: {"; ".join(leaks)}. No verdict uses it.')
-    for n in results.sizes:
-        arms = [arm for arm in results.arms if any((c.arm, c.n_labels) == (arm, n) for c in results.cells)]
-        above = [d for arm in arms * scores.has_oracle if (d := _surely_above(scores, arm, ORACLE, n))]
-        if above: flags.append(f"With {n:,} labelled patients, C of these arms lies above that of the true risks, so they must know something that they should not: " + ", ".join(f'"{d.first}" by {_in_words(d)}' for d in above) + ".")
-        below = [arm for arm in arms if arm != control and not _surely_above(scores, arm, control, n)] if control in arms else []
-        if below: flags.append(f'With {n:,} labelled patients these arms are not shown to be better than the control, "{control}": ' + ", ".join(f'"{arm}"' for arm in below) + ".")
-    return flags
+def _arms_by_size(scores: BenchmarkScores) -> dict: # number of labelled patients -> names
+    "Arms of which there are cells."
+    there = {c.key[:2] for c in scores.results.cells}
+    return {n: [arm for arm in scores.results.arms if (arm, n) in there] for n in scores.results.sizes}
+
+
+def _is_above_the_control(scores: BenchmarkScores) -> tuple:
+    "Every arm ranks better than the control."
+    if not (control := scores.control): return [], ""
+    below = {n: [arm for arm in arms if arm != control and not _surely_above(scores, arm, control, n)] for n, arms in _arms_by_size(scores).items() if control in arms}
+    return [f'With {n:,} labelled patients these arms are not shown to be better than the control, "{control}": ' + ", ".join(f'"{arm}"' for arm in arms) + "." for n, arms in below.items() if arms], \
+        f"Every other arm ranks better than the control, “{control}”, with every number of labelled patients, and not by chance."
+
+
+def _is_below_the_oracle(scores: BenchmarkScores) -> tuple:
+    "No arm ranks better than the truth."
+    if not scores.has_oracle: return [], ""
+    above = {n: [d for arm in arms if (d := _surely_above(scores, arm, ORACLE, n))] for n, arms in _arms_by_size(scores).items()}
+    return [f"With {n:,} labelled patients, C of these arms lies above that of the true risks, so they must know something that they should not: " + ", ".join(f'"{d.first}" by {_in_words(d)}' for d in found) + "." for n, found in above.items() if found], \
+        "No C-index lies above that of the oracle, which knows the true risks, beyond the interval."
+
+# %% ../nbs/17da_hypotheses.ipynb #c1784417
+def _has_the_level(scores: BenchmarkScores) -> tuple:
+    "No arm's risks are far off."
+    largest = scores.table[(scores.table.n_labels == max(scores.results.sizes)).fillna(False)]
+    far = largest[(largest.observed_expected < 0.5) | (largest.observed_expected > 2)]
+    return ["Risks of these arms are far off; the observed share of events, divided by the predicted: " + ", ".join(f'"{row.arm}" {row.observed_expected:.2f}' for row in far.itertuples()) + "."] if len(far) else [], \
+        "With the most labelled patients no arm's risks are off by a factor of two or more."
+
+
+_CHECKS = (_looks_nowhere_ahead, _is_large_enough, _is_above_the_control, _is_below_the_oracle, _has_the_level)
 
 
 def red_flags(
     scores: BenchmarkScores, # of a benchmark
 ) -> list: # of sentences; empty if there is nothing
     "What a reader must know before anything else."
-    results, flags = scores.results, _flagged_arms(scores)
-    if (n := results.test.n_patients_with_event) < MIN_EVENTS: flags.insert(0, f"Only {hide_small(n)} test patients have the event. With fewer than {MIN_EVENTS} nothing is decided.")
-    if len(results.seeds) == 1: flags.append("There is one seed, so intervals do not cover what another seed would have given.")
-    there = {c.key for c in results.cells}
-    planned = [(arm, n, s) for n in results.sizes for arm in results.arms for s in results.seeds]
-    if missing := [key for key in planned if key not in there]: flags.append(f"{len(missing)} of {len(planned)} cells are missing, the first one {missing[0][0]} with {missing[0][1]:,} labelled patients and seed {missing[0][2]}.")
-    largest = scores.table[(scores.table.n_labels == max(results.sizes)).fillna(False)]
-    far = largest[(largest.observed_expected < 0.5) | (largest.observed_expected > 2)]
-    if len(far): flags.append("Risks of these arms are far off; the observed share of events, divided by the predicted: " + ", ".join(f'"{row.arm}" {row.observed_expected:.2f}' for row in far.itertuples()) + ".")
-    return flags
+    return [flag for check in _CHECKS for flag in check(scores)[0]]
+
+
+def passed_checks(
+    scores: BenchmarkScores, # of a benchmark
+) -> list: # of sentences, one for each check that could be made and found nothing
+    "What was looked at and is as it should be."
+    return [said for flags, said in (check(scores) for check in _CHECKS) if said and not flags]

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_SIZES', 'ARMS', 'COSTS', 'FittingSettings', 'Task', 'Fitted', 'Arm', 'bins_with_events', 'fit_baseline',
-           'fit_network', 'loss_arms', 'pretrain_encoder', 'without_future', 'looks_ahead', 'looks_ahead_inside',
-           'fit_arm']
+           'fit_network', 'loss_arms', 'pretrain_encoder', 'without_future', 'looks_ahead', 'fit_arm']
 
 # %% ../nbs/17ca_arms.ipynb #2b8780fd
 import contextlib
@@ -382,7 +381,7 @@ def looks_ahead(
     return f"risks move by up to {moved.max():.2g} when everything after the landmark is removed" if moved.max() > tolerance * np.abs(whole).max() else ""
 
 
-def looks_ahead_inside(
+def _looks_ahead_inside(
     model: nn.Module, # with outputs at every visit
     task: Task, # whose patients are read
 ) -> str: # what moved; empty if nothing
@@ -410,6 +409,6 @@ def fit_arm(
         fitted = arm.fit(task, settings)
         fitted.seconds, fitted.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         outside = (looks_ahead(fitted, marks, task.labels.horizons) for marks in asked if len(marks))
-        found = [next(filter(None, outside), ""), looks_ahead_inside(fitted.model, task) if isinstance(fitted.model, nn.Module) else ""]
+        found = [next(filter(None, outside), ""), _looks_ahead_inside(fitted.model, task) if isinstance(fitted.model, nn.Module) else ""]
     fitted.leak = "; ".join(filter(None, found))
     return fitted

@@ -116,7 +116,9 @@ class Med2Vec(SavedModel):
 
 # %% ../nbs/14b_med2vec.ipynb #544e0b94
 @patch
-def forward(self: Med2Vec, batch: dict) -> Med2VecOutputs:
+def forward(self: Med2Vec,
+    batch: dict, # with `visit_codes` (B, V, C) and `visit_mask`
+) -> Med2VecOutputs: # `visits` (B, V, D), `logits` (B, V, vocabulary)
     "Vectors of visits and logits of the codes of their neighbours."
     visits = self.encode_visits(batch)
     logits = self.predict(visits)

@@ -15,7 +15,7 @@ from fastcore.docments import docments
 
 import ehr_sequencing
 
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 SITE = "https://ehr-sequencing.github.io/ehr_sequencing/"
 REPOSITORY = "https://github.com/ehr-sequencing/ehr_sequencing/blob/main/"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -31,7 +31,7 @@ def source(cell): return "".join(cell["source"])
 def name(path): return str(path.relative_to(ROOT / "nbs"))
 
 
-def prose(text): return re.sub(r"```.*?```", "", text, flags=re.S)
+def prose(text): return re.sub(r"(?m)^(?: {4}|\t).*$", "", re.sub(r"```.*?```", "", text, flags=re.S))
 
 
 def slug(heading):
@@ -112,7 +112,11 @@ def test_page(path):
             if text.startswith("#| export"): assert len(text.splitlines()) - 1 <= LONGEST, f"{len(text.splitlines()) - 1} lines: {text[:80]}"
 
 
-def notes(function): return {k: v["docment"] for k, v in docments(function, full=True, returns=False).items() if k not in ("self", "cls")}
+def notes(function):
+    "Parameter -> what is said of it. `docments` does not read the comment of `**options`."
+    try: named = {k for k, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    except ValueError: named = set()
+    return {k: v["docment"] for k, v in docments(function, full=True, returns=False).items() if k in named - {"self", "cls"}}
 
 
 def plain(member): return member.__func__ if isinstance(member, (classmethod, staticmethod)) else member.fget if isinstance(member, property) else member

@@ -22,7 +22,8 @@ CHANGING = [  # what may differ from run to run -> what stands for it
     (re.compile(r"0x[0-9a-f]{6,}"), "ADDRESS"),
     (re.compile(r"(/private)?(/var/folders|/tmp)/[\w./-]+"), "PATH"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|\+\d\d:\d\d)?)?\b"), "DATE"),
-    (re.compile(r"\b\d+:\d\d(:\d\d)?( left)?\b"), "TIME"),
+    (re.compile(r", \d+:\d\d(:\d\d)? left\b"), ""),  # of a progress line; a fast machine does not say it
+    (re.compile(r"\b\d+:\d\d(:\d\d)?\b"), "TIME"),
     (re.compile(r"\b[\d,.]+ ?(µs|us|ms|s|sec|seconds?|min|minutes?|h|hours?)\b"), "TIME"),
     (re.compile(r"[ \t]+"), " "), (re.compile(r"-{3,}"), "---"),  # a table is as wide as its times are long
 ]
@@ -111,7 +112,7 @@ def main():
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.execute: return options.out.write_text(execute(options.execute.resolve()), encoding="utf-8") and 0
-    paths = [ROOT / "nbs" / f"{n.removesuffix('.ipynb')}.ipynb" for n in options.names] or sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
+    paths = [ROOT / "nbs" / f"{n.removesuffix('.ipynb')}.ipynb" for n in options.names] or sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     if missing := [str(p.relative_to(ROOT)) for p in paths if not p.is_file()]: parser.error(f"no such notebook: {', '.join(missing)}")
     stale = 0
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
 CHANGING = [  # what may differ from run to run -> what stands for it
-    (re.compile(r"0x[0-9a-f]{6,}"), "ADDRESS"),
+    (re.compile(r"0x[0-9a-f]{6,}"), "ADDRESS"), (re.compile(r"T_[0-9a-f]{5}"), "TABLE"),
     (re.compile(r"(/private)?(/var/folders|/tmp)/[\w./-]+"), "PATH"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|\+\d\d:\d\d)?)?\b"), "DATE"),
     (re.compile(r", \d+:\d\d(:\d\d)? left\b"), ""),  # of a progress line; a fast machine does not say it

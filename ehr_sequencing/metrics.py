@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLES', 'MARKERS', 'pair_sums', 'comparison_keys', 'concordance_index', 'uno_concordance',
-           'auc_by_weights', 'weighted_auc', 'cumulative_dynamic_auc', 'mean_auc', 'plot_over_time', 'survival_curves',
-           'risk_groups', 'plot_risk_groups']
+           'auc_by_weights', 'weighted_auc', 'cumulative_dynamic_auc', 'mean_auc', 'plot_over_time',
+           'kaplan_meier_curves', 'risk_groups', 'plot_risk_groups']
 
 # %% ../nbs/10_metrics.ipynb #6baf367f
 import numpy as np
@@ -183,7 +183,7 @@ def plot_over_time(
     return ax
 
 # %% ../nbs/10_metrics.ipynb #bb0854a1
-def survival_curves(
+def kaplan_meier_curves(
     durations, # (n,) days
     events, # (n,) bool
     groups, # (n,) any labels
@@ -234,7 +234,7 @@ def plot_risk_groups(
     groups = risk_groups(risks, n_groups)
     words = ("lowest third", "middle third", "highest third") if n_groups == 3 and len(np.unique(groups)) == 3 else None
     start = {"days": 0.0, "survival": 1.0, "low": 1.0, "high": 1.0, "cumulative_hazard": 0.0}
-    for g, curve in survival_curves(durations, events, groups).groupby("group"):
+    for g, curve in kaplan_meier_curves(durations, events, groups).groupby("group"):
         label = f"{words[g] if words else f'group {g + 1}'} (n={curve.at_risk.max()}, {curve.events.sum()} events)"
         curve = pd.concat([pd.DataFrame([start]), curve[list(start)]])
         years = curve.days / 365.25

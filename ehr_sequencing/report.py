@@ -435,7 +435,7 @@ def _markdown(block):
     if block.form == "items":
         lines = [f"- {_md(item)}" for item in block.items]
         return "\n".join(lines) if not block.heading else "\n".join(f"> {line}".rstrip() for line in [f"**{_md(block.heading)}**", "", *lines])
-    if block.form == "table": return f"**{_md(block.caption)}**\n\n" + markdown_table(pd.DataFrame([[_md(cell) for cell in row] for row in block.rows], columns=[_md(c).replace("|", "\\|") for c in block.columns]))
+    if block.form == "table": return f"**{_md(block.caption)}**\n\n" + markdown_table(pd.DataFrame([[_md(cell) for cell in row] for row in block.rows], columns=[_md(c) for c in block.columns]))
     parts = [f"### {_md(block.name)}. {_md(block.question)}", f"**{_SIGNS[block.outcome]} {block.outcome}.** {_md(block.words)}", _md(block.note) if block.note else "", _markdown(block.table) if block.table else ""]
     return "\n\n".join(part for part in parts if part)
 

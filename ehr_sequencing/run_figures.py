@@ -14,7 +14,7 @@ import pandas as pd
 
 from .calibration import group_table, plot_calibration
 from .censoring import check_survival
-from .metrics import COLORS, risk_groups, survival_curves
+from .metrics import COLORS, kaplan_meier_curves, risk_groups
 
 # %% ../nbs/16e_run_figures.ipynb #94781498
 SMALL = 10 # groups of fewer patients are not shown
@@ -90,7 +90,7 @@ def run_survival(
     groups = risk_groups(risks, n_groups)
     sizes = np.unique(groups, return_counts=True)[1]
     if sizes.min() < small: raise ValueError(f"n_groups: a group has fewer than {small} patients, so it is not shown. Use fewer groups.")
-    for g, table in survival_curves(durations, events, groups).groupby("group"):
+    for g, table in kaplan_meier_curves(durations, events, groups).groupby("group"):
         mine = groups == g
         at_risk = (durations[mine] >= days[:, None]).sum(1)  # (D,)
         place = np.searchsorted(table.days, days, side="right") - 1

@@ -23,8 +23,8 @@ from torchsurv.stats.ipcw import get_ipcw
 
 from ehr_sequencing.bootstrap import bca_interval, bootstrap, bootstrap_concordance, train_minus_test, weighted_concordance
 from ehr_sequencing.brier import brier_score, integrated_brier_score, null_brier_score, scaled_brier_score
-from ehr_sequencing.metrics import (censoring_distribution, censoring_weights, concordance_index, cumulative_dynamic_auc, kaplan_meier, mean_auc, nelson_aalen, pair_sums,
-                                    survival_curves, uno_concordance)
+from ehr_sequencing.metrics import (censoring_distribution, censoring_weights, concordance_index, cumulative_dynamic_auc, kaplan_meier, kaplan_meier_curves, mean_auc, nelson_aalen, pair_sums,
+                                    uno_concordance)
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large])
 SOME = settings(MANY, max_examples=200)
@@ -227,7 +227,7 @@ def test_order_of_patients_and_scale_of_risks_do_not_matter(case, random):
 def test_survival_bands_are_those_of_lifelines(cohort):
     t, e, r = cohort
     groups = (r > np.median(r)).astype(int)
-    for g, curve in survival_curves(t, e, groups).groupby("group"):
+    for g, curve in kaplan_meier_curves(t, e, groups).groupby("group"):
         km = KaplanMeierFitter().fit(t[groups == g], e[groups == g])
         inside = ((curve.survival > 0) & (curve.survival < 1)).to_numpy()
         np.testing.assert_allclose(curve.survival, km.survival_function_.to_numpy()[-len(curve):, 0], atol=1e-12)

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 CHAPTERS = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
-NOTEBOOKS = [*CHAPTERS, ROOT / "nbs" / "index.ipynb", *TUTORIALS]
+PAGES = [ROOT / "nbs" / "index.ipynb", ROOT / "nbs" / "glossary.ipynb"]
+NOTEBOOKS = [*CHAPTERS, *PAGES, *TUTORIALS]
 
 
 def cells(path):
@@ -65,7 +66,7 @@ def test_notebooks_have_outputs_and_no_errors():
 
 def test_every_chapter_is_in_the_sidebar_and_the_index():
     sidebar, index = (ROOT / "_quarto.yml").read_text(), (ROOT / "nbs" / "index.ipynb").read_text()
-    for path in [*CHAPTERS, *TUTORIALS]:
+    for path in [*CHAPTERS, *TUTORIALS, PAGES[1]]:
         assert path.name in sidebar and path.name in index
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
 

@@ -22,17 +22,18 @@ CHANGING = [  # what may differ from run to run -> what stands for it
     (re.compile(r"( at)? 0x[0-9a-f]{6,}"), ""), (re.compile(r"T_[0-9a-f]{5}"), "TABLE"),
     (re.compile(r"(/private)?(/var/folders|/tmp)/[\w./-]+"), "PATH"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|\+\d\d:\d\d)?)?\b"), "DATE"),
-    (re.compile(r"commit [0-9a-f]{7,}.*"), "COMMIT"), (re.compile(r"[\d,]+ tokens a second"), "SPEED"),
+    (re.compile(r"commit [0-9a-f]{7,}( with changes that are not committed)?"), "COMMIT"), (re.compile(r"[\d,]+ tokens a second"), "SPEED"),
     (re.compile(r", \d+:\d\d(:\d\d)? left\b"), ""),  # of a progress line; a fast machine does not say it
     (re.compile(r"\b\d+:\d\d(:\d\d)?\b"), "TIME"),
     (re.compile(r"\b[\d,.]+ ?(µs|us|ms|s|sec|seconds?|min|minutes?|h|hours?)\b"), "TIME"),
-    (re.compile(r"[ \t]+"), " "), (re.compile(r"-{3,}"), "---"),  # a table is as wide as its times are long
+    (re.compile(r"-{3,}"), "---"),  # a table is as wide as its times are long
 ]
 MEASURES = re.compile(r"perf_counter|process_time|time\.time|monotonic|timeit|\"seconds\"|run_benchmark\(|runs_table\(")  # the last two print times in a table
 
 
 def normal(text, numbers):
     "The text without what may change; without any number if `numbers`."
+    text = " ".join(text.split())  # lines are broken, and columns as wide, as the times in them are long
     for pattern, word in CHANGING: text = pattern.sub(word, text)
     return NUMBER.sub("NUMBER", text) if numbers else text
 

@@ -38,7 +38,7 @@ def period_rows(
 
 # %% ../nbs/14a_period_models.ipynb #ddb81c38
 class PeriodModel(LandmarkModel):
-    "Base of the classifiers on person-periods. A subclass says how rows are fitted (`_fit`) and gives logits (n, K) (`_logits`)."
+    "Base of the classifiers on person-periods. A subclass says how rows are fitted (method _fit) and gives logits (n, K) (method _logits)."
     def __init__(self,
         features, # groups of `LandmarkFeatures`, or an object with its methods; an empty tuple is a life table
         max_codes, # codes counted

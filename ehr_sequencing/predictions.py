@@ -96,7 +96,7 @@ def find_model(
 def load_model(
     folder, # of a run, or of a saved model
 ) -> tuple: # the model in evaluation mode, settings of its run
-    "Load a model that answers questions. Raises as `find_model` and `SavedModel.from_pretrained`, `ValueError` for a model without vocabulary."
+    "Load a model that answers questions. Raises as `find_model` and as a `SavedModel` that is loaded, `ValueError` for a model without vocabulary."
     place, settings = find_model(folder)
     model = SavedModel.from_pretrained(place)
     if model.vocabulary is None: raise ValueError(f"{place}: the model was saved without its vocabulary, so nobody knows for which code each row stands. Save it again: save_pretrained(folder, vocabulary).")

@@ -92,7 +92,7 @@ def stage_ends(
     before=None, # use nothing of this date or later, as in `label_visits`
     **options, # `competing` and `censored_by` of `Outcome`
 ) -> StageEnds: # aligned with the rows of the store
-    "Find the days on which stages are reached. Raises `ValueError` as `patient_ends` and `Stages.codes`, `TypeError` for stages that are only a dict."
+    "Find the days on which stages are reached. Raises `ValueError` as `patient_ends`, and as `Stages` for codes, `TypeError` for stages that are only a dict."
     if not isinstance(stages, Stages): raise TypeError(f"stages: expected Stages, such as Stages({{'N18.3*': 1, 'N18.4*': 2}}), got {type(stages).__name__}")
     stages.codes(table)
     of_stage = [patient_ends(store, table, stages.outcome(s, **options), before) for s in range(1, len(stages) + 1)]

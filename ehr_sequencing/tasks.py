@@ -341,7 +341,7 @@ _NAMES = {"harrell_c": "c_index", "uno_c": "uno_c", "auc": "auc", "brier": "brie
 
 
 def asked_horizons(
-    horizons: tuple, # of a task
+    horizons: tuple, # of a task, days
 ) -> tuple: # days
     "The horizons of an evaluation: one year, if the last is longer, and the last."
     return (365.0, horizons[-1]) if horizons[-1] > 365 else (horizons[-1],)

@@ -153,6 +153,27 @@ def test_every_public_name_is_documented(module):
         assert not undocumented(thing), f"{public}: {undocumented(thing)}"
 
 
+ARRAYS = {"hazards", "logits", "event_times", "event_indicators", "event_types", "durations", "at_risk", "risks", "ages", "visit_ids", "visit_codes", "visit_mask", "sequence_mask", "attention_mask"}
+TIMES = {"horizon", "horizons", "tau", "half_life", "washout_days"}
+
+
+def unmeasured(function):
+    "Arrays whose shape and times whose unit nobody tells."
+    try: told = notes(function)
+    except (OSError, TypeError, ValueError): return []  # made by `dataclass`, without a source of its own; the class says it
+    return [k for k, v in told.items() if v and (k in ARRAYS and not re.search(r"\(.*\)|same shape|->", v) or k in TIMES and not re.search(r"day|year|bin|`horizons`", v))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrays_have_shapes_and_times_have_units(module):
+    module = importlib.import_module(f"ehr_sequencing.{module}")
+    for public in module.__all__:
+        thing = getattr(module, public)
+        functions = [thing] if inspect.isfunction(thing) else [thing, *(plain(f) for name, f in vars(thing).items() if name == "__init__" or not name.startswith("_"))] if inspect.isclass(thing) else []
+        for function in functions:
+            if inspect.isfunction(function) or function is thing: assert not unmeasured(function), f"{public}.{function.__name__}: {unmeasured(function)}"
+
+
 def test_what_is_undocumented_is_found():
     def function(a, b=1): # b is one
         "Nothing of it."
@@ -165,3 +186,9 @@ def test_what_is_undocumented_is_found():
         def method(self, a, b): pass
         def other(self): pass
     assert undocumented(function)[:1] == ["a"] and undocumented(Child) == ["method: b", "other: docstring"] and undocumented(Parent) == []
+    def measured(hazards, # (B, V)
+        risks, # probabilities
+        horizon, # of the question
+        tau, # days
+    ): "Something."
+    assert unmeasured(measured) == ["risks", "horizon"]

@@ -26,7 +26,7 @@ from .benchmark_plan import BenchmarkConfig, Cohort, label_sizes, make_task, pre
 from .benchmark_results import Asked, BenchmarkResults, Cell, load_cell, save_cell
 from .benchmark_scores import BenchmarkScores
 from .hypotheses import decide_hypotheses, red_flags
-from .jobs import Progress, only_one, whole_file, whole_folder, workers
+from .jobs import Progress, only_one, whole_file, whole_folder, workers, write_json
 from .landmarks import Landmarks, spaced_landmarks
 from .oracle import oracle_risk
 from .outcomes import VisitLabels
@@ -133,14 +133,10 @@ def _fit(shared, work, job, arm):
     save_cell(Path(work)/job.file, Cell(arm.name, job.n_labels, job.seed, risks, train_risks, fitted.parameters, fitted.trainable, fitted.seconds, fitted.cpu_seconds, len(fitted.history) or None, fitted.setting, fitted.history, fitted.leak))
 
 # %% ../nbs/18_benchmark.ipynb #9f8e3c3b
-def _write_json(path, value):
-    with whole_file(path) as partial: partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
 def _tune(shared, work, job, arm):
     "Choose a setting with the first seed, and write which."
     fitted = fit_arm(arm, make_task(shared, shared.config, job.n_labels, 0, _encoder(work, arm, 0)), tuple(arm.settings[:shared.config.trials]))
-    _write_json(Path(work)/job.file, {"chosen": fitted.chosen, "setting": fitted.setting, "tried": len(arm.settings[:shared.config.trials]), "n_labels": job.n_labels})
+    write_json(Path(work)/job.file, {"chosen": fitted.chosen, "setting": fitted.setting, "tried": len(arm.settings[:shared.config.trials]), "n_labels": job.n_labels})
 
 
 def _pretrain(shared, work, job):
@@ -197,7 +193,7 @@ def _claim(work, identity, overwrite):
         if before != identity: shutil.rmtree(work/name, ignore_errors=True)
         (work/name).mkdir(exist_ok=True)
     if before != identity: (work/"oracle.npz").unlink(missing_ok=True)
-    _write_json(plan, identity)
+    write_json(plan, identity)
 
 
 def _share(work, config, cohort):

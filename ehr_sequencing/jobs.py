@@ -193,10 +193,9 @@ def whole_folder(
 def write_json(
     path, # file to appear
     value, # as JSON has it
-    indent: int | None = None, # spaces a level; all in one line if None
 ):
     "Write a JSON file that appears whole or not at all. Raises what `whole_file` raises, `TypeError` for what JSON cannot hold, and `ValueError` for NaN."
-    with whole_file(path) as partial: partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    with whole_file(path) as partial: partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/00a_jobs.ipynb #bcdc95b4
 _HELD = {} # folders that this process has locked: device and inode -> [descriptor, how often]

@@ -26,11 +26,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from .behrt import count_parameters
-from .jobs import only_one, whole_file
+from .jobs import only_one, whole_file, write_json
 from .provenance import collect_provenance
 from .run_figures import curve_names, hide_small, plot_run_history
 from .run_folders import (FORMAT, HISTORY, KIND, claim_folder, describe_code, describe_hardware, estimate_cost, logged_seconds, plain_metric, put_back, read_json, replaced_folder,
-                                        summary_text, to_plain, write_json)
+                                        summary_text, to_plain)
 from .training import MAY_CHANGE, higher_is_better
 
 # %% ../nbs/17_tracking.ipynb #60aa239e

@@ -1,9 +1,11 @@
 "Bad input through the command: exit status 1, one line, no traceback, nothing written; or set aside and counted."
 import json
+import signal
 
 import polars as pl
 import pytest
 
+from ehr_sequencing.cli import ehrseq_benchmark
 from ehr_sequencing.synthetic import simulate_cohort
 
 PERSON = "person_id,gender_concept_id,year_of_birth\n" + "".join(f"{i},8507,1950\n" for i in range(40))
@@ -21,6 +23,22 @@ def omop(folder, **tables):
     return folder
 
 
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    "The command in this process, in an empty folder: options -> (status, stdout, stderr, what it left behind). Starting a process takes longer than what these tests ask of it."
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(**options):
+        handler, status = signal.getsignal(signal.SIGTERM), 0
+        try: ehrseq_benchmark(**{k: str(v) for k, v in options.items()})
+        except SystemExit as end: status = end.code
+        finally: signal.signal(signal.SIGTERM, handler)
+        return status, *capsys.readouterr(), sorted(str(p.relative_to(work)) for p in work.rglob("*"))
+    return run
+
+
 CASES = {
     "missing table": ({"person": None}, "death", "no table person"),
     "no clinical table": ({"condition_occurrence": None}, "death", "none of the tables"),
@@ -36,29 +54,38 @@ CASES = {
 }
 
 
+def told_in_one_line(status, errors, message): return status == 1 and message in errors and len(errors.strip().splitlines()) == 1 and "Traceback" not in errors
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_written(case, tmp_path, command):
+def test_one_line_and_nothing_written(case, tmp_path, inside):
     tables, outcome, message = CASES[case]
-    done, left = command("--source", omop(tmp_path / "omop", **tables), "--outcome", outcome, "--device", "cpu")
-    assert done.returncode == 1
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    status, _, errors, left = inside(source=omop(tmp_path / "omop", **tables), outcome=outcome, device="cpu")
+    assert told_in_one_line(status, errors, message), errors
     assert left == []
+
+
+def test_from_the_shell(tmp_path, command):
+    "A process of its own ends the same way."
+    tables, outcome, message = CASES["missing table"]
+    done, left = command("--source", omop(tmp_path / "omop", **tables), "--outcome", outcome, "--device", "cpu")
+    assert told_in_one_line(done.returncode, done.stderr, message) and left == []
 
 
 @pytest.mark.parametrize("make, message", [
     (lambda p: p.mkdir(), "found no CSV or Parquet file"), (lambda p: None, "no such file or folder"),
     (lambda p: p.write_bytes(b"not a database"), "cannot tell the format")])
-def test_source_that_is_none(make, message, tmp_path, command):
+def test_source_that_is_none(make, message, tmp_path, inside):
     make(tmp_path / "source")
-    done, left = command("--source", tmp_path / "source", "--outcome", "death")
-    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1 and left == []
+    status, _, errors, left = inside(source=tmp_path / "source", outcome="death")
+    assert told_in_one_line(status, errors, message) and left == []
 
 
-def test_no_message_shows_a_patient(tmp_path, command):
+def test_no_message_shows_a_patient(tmp_path, inside):
     "Ids and dates in a faulty table do not appear in the error."
     secret = PERSON.replace("\n3,", "\n987654321,") + "987654321,8532,1961\n"
-    done, _ = command("--source", omop(tmp_path / "omop", person=secret), "--outcome", "death")
-    assert done.returncode == 1 and "987654321" not in done.stderr + done.stdout and "1961" not in done.stderr + done.stdout
+    status, output, errors, _ = inside(source=omop(tmp_path / "omop", person=secret), outcome="death")
+    assert status == 1 and "987654321" not in errors + output and "1961" not in errors + output
 
 
 def test_impossible_records_are_set_aside_and_counted(tmp_path, command):

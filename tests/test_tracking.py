@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from privacy import patient_traces, with_long_ids
 from safetensors.torch import save_file
 
-from ehr_sequencing import run_figures, run_folders, tracking
+from ehr_sequencing import jobs, run_figures, tracking
 from ehr_sequencing.events import EventTable
 from ehr_sequencing.horizons import labelled_batches
 from ehr_sequencing.jobs import only_one
@@ -170,10 +170,10 @@ def test_a_disk_that_is_full_stops_no_training_but_the_end(tmp_path, monkeypatch
     tracker, real = begin(tmp_path / "run"), tracking.whole_file
     tracker.log({"epoch": 0, "validation_loss": 1.0})
     def full(path): raise OSError(28, "No space left on device")
-    for module in (run_folders, tracking): monkeypatch.setattr(module, "whole_file", full)
+    for module in (jobs, tracking): monkeypatch.setattr(module, "whole_file", full)
     with pytest.warns(UserWarning, match="training goes on"): tracker.log({"epoch": 1, "validation_loss": 0.5})
     with pytest.raises(OSError, match="No space left"): tracker.finish()
-    for module in (run_folders, tracking): monkeypatch.setattr(module, "whole_file", real)
+    for module in (jobs, tracking): monkeypatch.setattr(module, "whole_file", real)
     assert len(load_run(tmp_path / "run").history) == 1 and load_run(tmp_path / "run").state == "running"
     tracker.finish()
     assert len(load_run(tmp_path / "run").history) == 2

@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 
 from ehr_sequencing.batches import BatchLoader
 from ehr_sequencing.behrt import BEHRTConfig
-from ehr_sequencing.checkpoints import Checkpoints, read_state, state_digest
+from ehr_sequencing.checkpoints import read_state, state_digest
 from ehr_sequencing.horizons import labelled_batches
 from ehr_sequencing.landmarks import spaced_landmarks
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes
@@ -114,7 +114,7 @@ def outcome(folder):
 
 def study(setting, scratch, n_kills, seed):
     "Kill and resume until `n_kills` have fallen; returns what is told of it."
-    generator, kills, left, runs, identical, lost = np.random.default_rng([seed, *setting.encode()]), Counter(), Counter(), 0, Counter(), 0
+    generator, kills, left, runs, identical = np.random.default_rng([seed, *setting.encode()]), Counter(), Counter(), 0, Counter()
     start = time.perf_counter()
     process, _ = begin(setting, scratch, scratch / setting / "undisturbed")
     process.join()

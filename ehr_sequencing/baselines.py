@@ -83,7 +83,7 @@ class LandmarkFeatures:
     ):
         self.groups = (groups,) if isinstance(groups, str) else tuple(groups)
         unknown = [g for g in self.groups if g not in GROUPS]
-        if unknown: raise ValueError(f"features: '{unknown[0]}' is unknown; expected some of {', '.join(GROUPS)}")
+        if unknown: raise ValueError(f"features: expected some of {', '.join(GROUPS)}, got {unknown[0]!r}")
         if max_codes is not None and (not isinstance(max_codes, int) or isinstance(max_codes, bool) or max_codes < 1): raise ValueError(f"max_codes: expected a positive integer, or None for all, got {max_codes!r}. Without codes, leave 'codes' out of the groups.")
         self.max_codes = max_codes
 

@@ -21,7 +21,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from .arms import ARMS, COSTS, Arm, fit_arm, loss_arms, pretrain_encoder
+from .arms import ARMS, COSTS, fit_arm, loss_arms, pretrain_encoder
 from .benchmark_plan import BenchmarkConfig, Cohort, label_sizes, make_task, prepare_cohort
 from .benchmark_results import Asked, BenchmarkResults, Cell, load_cell, save_cell
 from .benchmark_scores import BenchmarkScores
@@ -299,7 +299,7 @@ def choose_arms(
     known = dict(ARMS) if config.compare == "arms" else loss_arms()
     if taken := [name for name in extra_arms or {} if name in known]: raise ValueError(f"extra_arms: {taken[0]!r} is the name of an arm already. Call it something else")
     known |= extra_arms or {}
-    if unknown := [name for name in config.arms or () if name not in known]: raise ValueError(f"arms: {unknown[0]!r} is unknown; expected some of {'; '.join(known)}")
+    if unknown := [name for name in config.arms or () if name not in known]: raise ValueError(f"arms: expected some of {'; '.join(known)}, got {unknown[0]!r}")
     return {name: arm for name, arm in known.items() if config.arms is None or name in config.arms}
 
 # %% ../nbs/18_benchmark.ipynb #d90bbe5d

@@ -8,7 +8,7 @@ __all__ = ['brier_score', 'null_risks', 'null_brier_score', 'scaled_brier_score'
 
 # %% ../nbs/10a_brier.ipynb #c2b988d2
 import numpy as np
-from .censoring import censoring_weights, check_horizons, check_risks, check_survival, kaplan_meier
+from .censoring import censoring_weights, check_risks, check_survival, followed_horizons, kaplan_meier
 from .metrics import plot_over_time
 
 # %% ../nbs/10a_brier.ipynb #c2c4bbb5
@@ -47,7 +47,7 @@ def null_brier_score(
     train_events, # (m,) bool
 ) -> np.ndarray: # (H,)
     "Brier score of the training patients' Kaplan-Meier risk. Raises `ValueError` as `brier_score`."
-    horizons = check_horizons(horizons, durations, events)
+    horizons = followed_horizons(horizons, durations, events)
     risks = np.broadcast_to(null_risks(train_durations, train_events, horizons), (len(durations), len(horizons)))
     return brier_score(durations, events, risks, horizons, train_durations, train_events)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .files import scan_file
 from .jobs import whole_file

@@ -133,7 +133,7 @@ def _parsed_url(text):
     text = re.sub(r"^([\w+.-]+):/(?!/)", r"\1://", str(text))
     scheme, rest = text.split("://", 1)
     scheme = {"postgres": "postgresql"}.get(scheme.lower().split("+")[0], scheme.lower().split("+")[0])
-    if scheme not in _DIALECTS: raise ValueError(f"{scheme}://...: this kind of database is unknown; expected one of {', '.join(f'{s}://' for s in _DIALECTS)}.")
+    if scheme not in _DIALECTS: raise ValueError(f"{scheme}://...: expected a database of one of the kinds {', '.join(f'{s}://' for s in _DIALECTS)}.")
     if scheme == "sqlite":
         path = Path(unquote(rest.split("?")[0]))
         if not path.is_file(): raise FileNotFoundError(f"sqlite: {path.name}: no such file. An absolute path has three slashes, as in sqlite:///data/cdm.db")

@@ -11,10 +11,11 @@ import pandas as pd
 from .bootstrap import Bootstrap, bootstrap
 from .brier import mean_over_time
 from .calibration import ROWS, calibration_curve, calibration_slope, d_calibration, integrated_calibration_index
-from .censoring import censoring_weights, check_horizons, check_level, check_risks, check_survival, event_weights
+from .censoring import censoring_weights, check_level, check_risks, check_survival, event_weights
 from .competing_risks import (aalen_johansen, check_competing, competing_calibration_curve, competing_calibration_index, competing_calibration_slope,
                                             concordance_by_weights, incidence_by_weights)
 from .metrics import COLORS, MARKERS, STYLES, auc_by_weights, plot_risk_groups, risk_groups
+from .outcomes import check_horizons
 
 # %% ../nbs/10e_evaluation.ipynb #96fef725
 WEIGHTED = ("harrell_c", "uno_c", "auc", "mean_auc", "brier", "scaled_brier", "integrated_brier")  # sums over patients and pairs
@@ -177,7 +178,7 @@ def _inputs(durations, events, risks, horizons, train_durations, train_events, e
     if (event_types is None) != (train_event_types is None): raise ValueError("event_types, train_event_types: expected both (competing risks) or neither")
     durations, types = _two_kinds(durations, events, event_types, "events")
     train_durations, train_types = _two_kinds(train_durations, train_events, train_event_types, "train_events")
-    horizons = check_horizons(horizons, [np.finfo(float).max], [False])
+    horizons = np.array(check_horizons(horizons))
     risks = risks if isinstance(risks, dict) else {"model": risks}
     if not risks or NULL in risks: raise ValueError(f"risks: expected at least one model, none of them called {NULL!r}")
     return durations, types, {name: check_risks(r, len(durations), len(horizons), probability=True) for name, r in risks.items()}, horizons, train_durations, train_types
@@ -195,7 +196,7 @@ def _check_options(durations, risks, groups, reference, n_resamples, level, meth
 def _chosen_metrics(metrics, competing: bool, n_horizons: int) -> tuple:
     "The metrics asked for; if none are named, all that are defined. Raises `ValueError` for an unknown one and for one that is not defined."
     chosen = METRICS if metrics is None else tuple(metrics)
-    if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}")
+    if unknown := [name for name in chosen if name not in METRICS]: raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {unknown[0]!r}")
     if metrics is None: return tuple(n for n in chosen if not (competing and n == "d_calibration_p") and not (n_horizons == 1 and n in ("mean_auc", "integrated_brier")))
     if competing and "d_calibration_p" in chosen: raise ValueError("metrics: d_calibration_p is not defined with competing risks")
     if n_horizons == 1 and {"mean_auc", "integrated_brier"} & {*chosen}: raise ValueError("metrics: mean_auc and integrated_brier need at least two horizons")

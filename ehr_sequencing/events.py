@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'BIRTH', 'DEATH', 'OBSERVATION_END', 'VISIT_END', 'STRUCTURAL_CODES', 'SPLITS', 'is_pandas', 'column_list',
-           'require_columns', 'check_column_type', 'event_table', 'sort_events', 'EventTable', 'set_aside_impossible',
-           'visit_table', 'group_visits', 'plot_timeline', 'follow_up', 'cohort_summary', 'sample_patients']
+           'require_columns', 'check_column_type', 'event_table', 'sort_events', 'check_ids', 'EventTable',
+           'set_aside_impossible', 'visit_table', 'group_visits', 'plot_timeline', 'follow_up', 'cohort_summary',
+           'sample_patients']
 
 # %% ../nbs/00_events.ipynb #b6490cd8
 import datetime
@@ -115,6 +116,17 @@ def sort_events(
 ) -> pl.DataFrame: # the same rows
     "The canonical order: subject, time (null first), code, visit, value. Equal records in any order become equal tables."
     return events.sort("subject_id", "time", "code", "visit_id", "numeric_value", nulls_last=False)
+
+# %% ../nbs/00_events.ipynb #d0c1e520
+def check_ids(
+    subject_ids, # (n,) ids of patients
+) -> np.ndarray: # (n,) int64
+    "Ids as 64-bit integers, never through floating point. Raises `TypeError` for anything but whole numbers, `ValueError` for one past 64 bits with a sign."
+    ids = np.asarray(subject_ids)
+    if not ids.size: return np.zeros(ids.shape, dtype=np.int64)
+    if ids.dtype.kind not in "iu": raise TypeError(f"subject_ids: expected whole numbers, got {ids.dtype}. Read them as int64")
+    if ids.max() > np.iinfo(np.int64).max: raise ValueError("subject_ids: expected 64-bit integers with a sign; some are too large. Read them as int64")
+    return ids.astype(np.int64)
 
 # %% ../nbs/00_events.ipynb #d67fc7d1
 @dataclass

@@ -15,11 +15,10 @@ import numpy as np
 import pandas as pd
 import polars as pl
 
-from .events import EventTable
+from .events import EventTable, check_ids
 from .horizons import visit_weights
 from .outcomes import VisitLabels, as_day, day_numbers, flow_frame
 from .sequences import SequenceStore, row_numbers
-from .synthetic import check_ids
 
 # %% ../nbs/04b_landmarks.ipynb #4d246775
 @dataclass
@@ -307,7 +306,7 @@ _EXAMPLES = ("visit 3", "date 2015-01-01", "age 65", "day 1095", "window 2014-01
 def _read_rule(rule, rules):
     "Name, function and values of a rule in words. Raises `ValueError` for one that does not exist or has the wrong number of words."
     name, *words = rule.split() or [""]
-    if name not in rules: raise ValueError(f"rule: '{name}' is unknown; expected one of {', '.join(rules)}")
+    if name not in rules: raise ValueError(f"rule: expected one of {', '.join(rules)}, got {name!r}")
     function, kinds = rules[name]
     try: return name, function, [kind(word) for kind, word in zip(kinds, words, strict=True)]
     except ValueError: raise ValueError(f"rule: '{name}' takes {len(kinds)} value{'s' * (len(kinds) != 1)}, such as {', '.join(f'`{r}`' for r in _EXAMPLES if r.split()[0] in rules)}; got '{rule}'") from None

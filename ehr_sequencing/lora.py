@@ -9,7 +9,6 @@ __all__ = ['ALPHA', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'LoRASettings', 'check_
            'save_lora_weights', 'LoadedAdapter', 'load_lora_weights']
 
 # %% ../nbs/08_lora.ipynb #b5676b0f
-import contextlib
 import dataclasses
 import json
 import math
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 
 from . import __version__
 from .aggregation import at_least_float32
-from .behrt import BEHRT, count_parameters
+from .behrt import BEHRT
 from .dropout import dropout as drop
-from .jobs import whole_file, whole_folder
+from .jobs import check_replaceable, whole_file, whole_folder
 from .saved_models import SavedModel, read_tensors, tensor_digest, write_tensors
 
 # %% ../nbs/08_lora.ipynb #f795889f
@@ -477,13 +476,6 @@ def _base_tensors(model):
 def _digest_of(tensor): return tensor_digest(tensor.detach().cpu())
 
 
-def _check_adapter_folder(folder):
-    "Raise `FileExistsError` unless a folder is free or empty, or holds an adapter and nothing else."
-    if folder.exists() and not folder.is_dir(): raise FileExistsError(f"{folder}: is a file; expected a folder. Choose another name.")
-    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    if there and there != [ADAPTER_CONFIG, ADAPTER_WEIGHTS]: raise FileExistsError(f"{folder}: holds '{next((n for n in there if n not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)), there[0])}' and not just an adapter, so it is left as it is. Choose another folder, or empty this one.")
-
-
 def save_lora_weights(
     model: nn.Module, # with adapters
     folder, # created if missing; an adapter in it is replaced, anything else is left alone
@@ -494,7 +486,7 @@ def save_lora_weights(
     layers, active = _adapted(model), active_adapters(model)
     if adapter is None and len(active) != 1: raise ValueError(f"adapter: {len(active)} are active, so name the one to save: {', '.join(list_adapters(model))}")
     (adapter,) = _check_known(model, active if adapter is None else adapter)
-    folder = Path(folder).resolve(); _check_adapter_folder(folder)
+    folder = Path(folder).resolve(); check_replaceable(folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), "an adapter")
     layers, base = {n: layer for n, layer in layers.items() if adapter in layer.adapters}, _base_tensors(model)
     beside = {n: t for n, t in base.items() if t.requires_grad}
     tensors = {f"{n}.{part}": getattr(layer, part)[adapter] for n, layer in layers.items() for part in ("lora_A", "lora_B")} | (beside if trained else {})

@@ -10,8 +10,7 @@ __all__ = ['COLORS', 'STYLES', 'MARKERS', 'pair_sums', 'comparison_keys', 'conco
 # %% ../nbs/10_metrics.ipynb #6baf367f
 import numpy as np
 import pandas as pd
-from .censoring import (censoring_distribution, censoring_weights, check_horizons, check_risks, check_survival, count_leaving, event_weights, kaplan_meier,
-                                       nelson_aalen)
+from .censoring import censoring_weights, check_risks, check_survival, count_leaving, event_weights, kaplan_meier
 
 # %% ../nbs/10_metrics.ipynb #ea4bd898
 def _level(keys: np.ndarray, ranks: np.ndarray, bit: int) -> tuple:

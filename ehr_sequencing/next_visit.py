@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['N_SPECIAL', 'KINDS', 'target_codes', 'attach_next_visit', 'next_visit_targets', 'codes_so_far', 'draw_cuts',
-           'next_visit_rates', 'next_visit_loss', 'hits_at_k', 'recall_at_k', 'precision_at_k', 'most_frequent',
-           'repeat_last_visit', 'own_history', 'of_kind', 'evaluate_next_visit', 'NextVisitHead', 'NextVisitModel',
-           'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
+           'next_visit_rates', 'next_visit_loss', 'hits_at_k', 'visit_recall_precision', 'recall_at_k',
+           'precision_at_k', 'most_frequent', 'repeat_last_visit', 'own_history', 'of_kind', 'evaluate_next_visit',
+           'NextVisitHead', 'NextVisitModel', 'BEHRTForNextVisitPrediction', 'BEHRTForPretraining']
 
 # %% ../nbs/07a_next_visit.ipynb #b1c945c8
 import math
@@ -206,11 +206,22 @@ def hits_at_k(
     return (targets & above).sum(1) + share * (targets & tied).sum(1)
 
 
-def _mean_hits(scores, targets, k, candidates, divide):
-    "Mean over visits with a target of hits divided by something."
-    some = targets.any(1)
-    if not some.any(): raise ValueError(f"targets: none of the {len(targets)} visits has one, so recall and precision are undefined")
-    return (hits_at_k(scores, targets, k, candidates).double() / divide)[some].mean().item()
+def visit_recall_precision(
+    scores: Tensor, # (n, vocab_size), higher is more likely
+    targets: Tensor, # (n, vocab_size) bool
+    k: int, # places
+    candidates: Tensor | None = None, # (n, vocab_size) bool: which codes may be listed; all if None
+) -> Tensor: # (m, 2) float64 recall and precision, of the m visits that have a target
+    "Shares of a visit's targets that are among the first k, and of the first k that are targets. Raises `ValueError` as `hits_at_k`."
+    hits, some = hits_at_k(scores, targets, k, candidates).double(), targets.any(1)
+    return torch.stack([hits / targets.sum(1).clamp(min=1), hits / k], 1)[some]
+
+
+def _mean_over_visits(scores, targets, k, candidates):
+    "Mean recall and precision over the visits with a target."
+    values = visit_recall_precision(scores, targets, k, candidates)
+    if not len(values): raise ValueError(f"targets: none of the {len(targets)} visits has one, so recall and precision are undefined")
+    return values.mean(0).tolist()
 
 # %% ../nbs/07a_next_visit.ipynb #e2782feb
 def recall_at_k(
@@ -220,7 +231,7 @@ def recall_at_k(
     candidates: Tensor | None = None, # (n, vocab_size) bool: which codes may be listed; all if None
 ) -> float: # mean over the visits with a target
     "Share of a visit's targets that are among the first k. Raises `ValueError` as `hits_at_k`, and if no visit has a target."
-    return _mean_hits(scores, targets, k, candidates, targets.sum(1).clamp(min=1))
+    return _mean_over_visits(scores, targets, k, candidates)[0]
 
 
 def precision_at_k(
@@ -230,7 +241,7 @@ def precision_at_k(
     candidates: Tensor | None = None, # (n, vocab_size) bool: which codes may be listed; all if None
 ) -> float: # mean over the visits with a target
     "Share of the first k places that hold a target of the visit. Raises `ValueError` as `recall_at_k`."
-    return _mean_hits(scores, targets, k, candidates, k)
+    return _mean_over_visits(scores, targets, k, candidates)[1]
 
 # %% ../nbs/07a_next_visit.ipynb #7ececf97
 def most_frequent(
@@ -304,11 +315,8 @@ def evaluate_next_visit(
             asked += len(targets)
             for i, kind in enumerate(kinds):
                 wanted, listed = of_kind(kind, targets, had, candidates)
-                some = wanted.any(1)
-                visits[i] += int(some.sum())
-                for j, k in enumerate(ks):
-                    hits = hits_at_k(scores[some], wanted[some], k, listed[some]).double()
-                    sums[i, j] += (hits / wanted[some].sum(1)).sum().item(), hits.sum().item() / k
+                visits[i] += int(wanted.any(1).sum())
+                for j, k in enumerate(ks): sums[i, j] += visit_recall_precision(scores, wanted, k, listed).sum(0).tolist()
     for kind, n in zip(kinds, visits):
         if not n: raise ValueError(f"kinds: none of the {asked} visits that are asked about has a target of kind '{kind}', so its recall is undefined; leave it out of `kinds`")
     return pd.DataFrame([(kind, k, *(sums[i, j] / visits[i]), visits[i], asked - visits[i]) for i, kind in enumerate(kinds) for j, k in enumerate(ks)], columns=["kind", "k", "recall", "precision", "visits", "left_out"])

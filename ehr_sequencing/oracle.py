@@ -9,7 +9,8 @@ __all__ = ['oracle_risk', 'oracle_hazards', 'expected_brier', 'expected_auc', 'e
 import numpy as np
 import polars as pl
 
-from .synthetic import PERIOD, SyntheticCohort, advance_state, check_ids, death_hazard, event_hazard, visit_rate
+from .events import check_ids
+from .synthetic import PERIOD, SyntheticCohort, advance_state, death_hazard, event_hazard, visit_rate
 
 # %% ../nbs/03a_oracle.ipynb #34bf6858
 _YEAR = 365.25

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from scipy.special import log_ndtr, ndtr
+from scipy.special import log_ndtr
 
-from .events import STRUCTURAL_CODES, EventTable, event_table, follow_up, visit_table
-from .synthetic import check_ids
+from .events import STRUCTURAL_CODES, EventTable, check_ids, event_table, follow_up, visit_table
 
 # %% ../nbs/03b_planted.ipynb #15ca5bc5
 PLANTED_CODE = "PLANTED//EVENT"

@@ -152,7 +152,7 @@ def _asked(store, settings):
         marks = unlabelled_moments(store, labels["subject_id"].to_numpy(), times)
         return marks, times[marks.asked]
     try: marks = unlabelled_landmarks(store, str(settings.at), rows)
-    except ValueError as error: raise ValueError(str(error).replace("rule: ", "at: ", 1) + (", or a MEDS label file" if "is unknown" in str(error) else "")) from None
+    except ValueError as error: raise ValueError(str(error).replace("rule: expected one", "rule: expected a MEDS label file or one").replace("rule: ", "at: ", 1)) from None
     return marks, (marks.days + np.timedelta64(1, "D")).astype("datetime64[us]") - np.timedelta64(1, "us")
 
 

@@ -22,7 +22,7 @@ from .contrastive import BEHRTForContrastive, TwoViews
 from .masked_codes import BEHRTForMLM, MaskCodes, masked_code_loss, token_rates
 from .metrics import COLORS
 from .next_visit import (KINDS, N_SPECIAL, BEHRTForNextVisitPrediction, BEHRTForPretraining, attach_next_visit, codes_so_far, hits_at_k,
-                                       next_visit_rates, next_visit_targets, of_kind)
+                                       next_visit_rates, next_visit_targets, of_kind, visit_recall_precision)
 from .saved_models import evaluating
 from .sequences import SequenceStore, row_numbers
 from .training import Trainer
@@ -342,10 +342,8 @@ def compare_next_visit(
             asked = {kind: of_kind(kind, targets, had) for kind in KINDS}
             for name in scores:
                 for kind, (wanted, listed) in asked.items():
-                    some = wanted.any(1)
-                    hits = hits_at_k(said[name][some], wanted[some], k, listed[some]).double()
-                    for measure, value in (("recall", hits / wanted[some].sum(1)), ("precision", hits / k)):
-                        values.setdefault(f"{name}, {kind}, {measure}", []).append((patients[some], value))
+                    found, whose = visit_recall_precision(said[name], wanted, k, listed), patients[wanted.any(1)]
+                    for measure, value in zip(("recall", "precision"), found.T): values.setdefault(f"{name}, {kind}, {measure}", []).append((whose, value))
     values = {name: tuple(torch.cat(part).numpy() for part in zip(*parts)) for name, parts in values.items()}
     for name, (_, value) in values.items():
         if not len(value): raise ValueError(f"{name}: no visit of these patients has a code of this kind to predict, so it is undefined. Use more patients")

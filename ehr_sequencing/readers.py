@@ -18,8 +18,8 @@ import pyarrow.parquet
 from .databases import is_url
 from .events import BIRTH, SCHEMA, SPLITS, EventTable, check_column_type, column_list, event_table, is_pandas, require_columns
 from .files import Folder, by_lower_case, file_pieces, scan_file
-from .omop import OMOP_TABLES, eunomia_path, omop_source, read_omop
-from .synthea import read_synthea, synthea_source
+from .omop import OMOP_TABLES, omop_source
+from .synthea import synthea_source
 from .tables import ROW, EventSource, hashed_ids, integer_ids
 
 # %% ../nbs/01_readers.ipynb #af8ab9a8
@@ -423,7 +423,7 @@ def open_events(
     columns: dict | None = None, # for a plain table: our column name -> your column name
 ) -> EventSource: # events in pieces; its `format` says what was found
     "Open a source of any supported format. Raises `ValueError` for an unknown format or source, or an option that the format does not have."
-    if format is not None and format not in FORMATS: raise ValueError(f"format: '{format}' is unknown; expected one of {', '.join(FORMATS)}")
+    if format is not None and format not in FORMATS: raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if format is None: format = "table" if columns and not is_url(path) and Path(path).is_file() else detect_format(path)
     if columns and format != "table": raise ValueError(f"columns: a mapping is for plain tables, but the source is {format}.")
     if schema and format != "omop": raise ValueError(f"schema: is for databases, but the source is {format}.")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import __version__
-from .jobs import whole_file, whole_folder
+from .jobs import check_replaceable, whole_file, whole_folder
 from .vocabulary import SPECIAL_TOKENS, Vocabulary
 
 # %% ../nbs/05b_saved_models.ipynb #6dc90dab
@@ -162,17 +162,10 @@ def _read_config(path):
     return config
 
 
-def _check_free(folder):
-    "Raise unless the folder is free or empty, or holds a model of this library and nothing else."
-    if not folder.exists(): return
-    if not folder.is_dir(): raise FileExistsError(f"{folder}: is a file; expected a folder. Choose another name.")
-    there = sorted(p.name for p in folder.iterdir())
-    other = [name for name in there if name not in (CONFIG, WEIGHTS, CODES)]
-    if not there: return
-    try:
-        if not other and (folder/WEIGHTS).is_file(): return bool(_read_config(folder/CONFIG))
-    except (FileNotFoundError, ValueError): pass
-    raise FileExistsError(f"{folder}: holds '{(other or there)[0]}' and not just a model of this library, so it is left as it is. Choose another folder, or empty this one.")
+def _is_model(folder):
+    "Does a folder hold the weights and the settings of a model of this library?"
+    try: return (folder/WEIGHTS).is_file() and bool(_read_config(folder/CONFIG))
+    except (FileNotFoundError, ValueError): return False
 
 
 def _check_vocabulary(vocabulary):
@@ -374,7 +367,7 @@ def save_pretrained(
     Raises `FileExistsError` for a folder that holds something else, `ValueError` for a vocabulary of another size and for weights that are NaN or infinite, `TypeError` for what is no vocabulary."""
     folder, vocabulary = Path(folder).resolve(), self.vocabulary if vocabulary is None else vocabulary
     _check_vocabulary(vocabulary)
-    _check_free(folder)
+    check_replaceable(folder, (CONFIG, WEIGHTS, CODES), "a model of this library", _is_model)
     size, (kind, prefix), (tensors, tied) = getattr(self.config, "vocab_size", None), _encoder_of(self), _distinct(self)
     if vocabulary is not None and len(vocabulary) != size: raise ValueError(f"vocabulary: has {len(vocabulary):,} tokens, and the model {size:,}. Pass the one that the model was trained with.")
     config = {"model": type(self).__name__, "config_class": type(self.config).__name__, "version": __version__, "encoder": kind, "prefix": prefix,

@@ -257,7 +257,6 @@ def load_sequences(
     return store
 
 
-SequenceStore.load = staticmethod(load_sequences)
 
 
 def _counts(store):

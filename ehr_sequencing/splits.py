@@ -113,7 +113,7 @@ def split_patients(
         if store is None or (store.splits < 0).all(): raise ValueError("store: no split is stored with these sequences, or the store was not given. Use method 'stratified'.")
         if len(store) != len(labels.n_at_risk): raise ValueError(f"store: has {len(store)} rows, the labels {len(labels.n_at_risk)}. Give the store of the labels.")
         return _parts(labels, store.splits.astype(int), "Use method 'stratified' instead of the split of the source.")
-    raise ValueError(f"method: '{method}' is unknown; expected stratified, random, group, date or stored")
+    raise ValueError(f"method: expected one of stratified, random, group, date, stored, got {method!r}")
 
 # %% ../nbs/04c_splits.ipynb #f9f76322
 def fold_patients(

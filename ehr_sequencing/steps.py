@@ -71,7 +71,7 @@ def make_accelerator(
 ) -> Accelerator: # ready to prepare models
     "The device to train on. Raises `ValueError` for a device that is not there, and for a precision that it does not have."
     available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in available: raise ValueError(f"device: '{device}' is unknown; expected one of {', '.join(available)}")
+    if device not in available: raise ValueError(f"device: expected one of {', '.join(available)}, got {device!r}")
     if not available[device]: raise ValueError(f"device: '{device}' is not available on this machine; use --device auto or cpu")
     if mixed_precision not in PRECISIONS: raise ValueError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
     if mixed_precision == "fp16" and (device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())): raise ValueError("mixed_precision: 'fp16' needs a GPU; use bf16, or no")

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'OUTCOME_CODE', 'PERIOD', 'CODES', 'CHUNK', 'Condition', 'event_hazard', 'advance_state', 'visit_rate',
-           'death_hazard', 'draw_people', 'SyntheticCohort', 'simulate_cohort', 'check_ids', 'write_cohort',
-           'load_truth']
+           'death_hazard', 'draw_people', 'SyntheticCohort', 'simulate_cohort', 'write_cohort', 'load_truth']
 
 # %% ../nbs/03_synthetic.ipynb #7e53beca
 import json
@@ -287,17 +286,6 @@ def simulate_cohort(
     events = event_table(pl.concat([c[0] for c in chunks]), "synthetic cohort")
     table = EventTable(events, _NAMES_OF_CODES, source="synthetic", format="synthetic")
     return SyntheticCohort(table, {k: np.concatenate([c[1][k] for c in chunks]) for k in chunks[0][1]}, sum(c[2] for c in chunks))
-
-# %% ../nbs/03_synthetic.ipynb #d0c1e520
-def check_ids(
-    subject_ids, # (n,) ids of patients
-) -> np.ndarray: # (n,) int64
-    "Ids as 64-bit integers, never through floating point. Raises `TypeError` for anything but whole numbers, `ValueError` for one past 64 bits with a sign."
-    ids = np.asarray(subject_ids)
-    if not ids.size: return np.zeros(ids.shape, dtype=np.int64)
-    if ids.dtype.kind not in "iu": raise TypeError(f"subject_ids: expected whole numbers, got {ids.dtype}. Read them as int64")
-    if ids.max() > np.iinfo(np.int64).max: raise ValueError("subject_ids: expected 64-bit integers with a sign; some are too large. Read them as int64")
-    return ids.astype(np.int64)
 
 # %% ../nbs/03_synthetic.ipynb #d036300e
 _SPLIT_OF_TEN = ("train",) * 7 + ("tuning",) + ("held_out",) * 2

@@ -11,7 +11,6 @@ __all__ = ['SPECIAL_TOKENS', 'PAD', 'UNK', 'MASK', 'CLS', 'SEP', 'roll_up_code',
 import json
 import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import numpy as np
 import polars as pl

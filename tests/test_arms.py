@@ -19,7 +19,7 @@ from ehr_sequencing.benchmark_results import Cell, load_cell, save_cell
 from ehr_sequencing.landmarks import Landmarks, at_each_visit, spaced_landmarks
 from ehr_sequencing.outcomes import Outcome, feature_exclusions, label_visits
 from ehr_sequencing.period_models import period_rows
-from ehr_sequencing.sequences import SequenceStore, build_store
+from ehr_sequencing.sequences import build_store, load_sequences
 from ehr_sequencing.synthetic import OUTCOME_CODE, simulate_cohort
 from ehr_sequencing.vocabulary import fit_vocabulary
 
@@ -32,7 +32,7 @@ def world(tmp_path_factory):
     cohort, outcome = simulate_cohort(400, seed=8, hazard_ratio=3), Outcome(OUTCOME_CODE)
     folder = tmp_path_factory.mktemp("arms")
     build_store(cohort.table, fit_vocabulary(cohort.table.events, exclude=feature_exclusions(outcome, cohort.table))).save(folder/"store")
-    store = SequenceStore.load(folder/"store")
+    store = load_sequences(folder/"store")
     labels = label_visits(store, cohort.table, outcome)
     pretrain_encoder(store, np.arange(0, 60), folder/"encoder", 0, QUICK)
     return store, labels, folder/"encoder"

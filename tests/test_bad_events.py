@@ -336,7 +336,7 @@ TABLE_READ = {  # name -> maker of the source, mapping, what is true of the tabl
     "duplicate rows are kept": (text(CSV + CSV.split("\n", 1)[1]), None, lambda t: len(t.events) == 4),
     "mapped names": (text(CSV.replace("subject_id", "mrn")), MAP, lambda t: len(t.events) == 2),
     "two of ours from one of theirs": (text(CSV), {"visit_id": "subject_id"}, lambda t: t.events["visit_id"].to_list() == t.events["subject_id"].to_list()),
-    "rows without patient, date and code": (text(CSV + f" ,2000-01-01,B,\nb,someday,B,\nb,2000-01-01, ,\n"), None, lambda t: t.set_aside == {"t.csv: no patient": 1, "t.csv: no readable date": 1, "t.csv: no code": 1}),
+    "rows without patient, date and code": (text(CSV + " ,2000-01-01,B,\nb,someday,B,\nb,2000-01-01, ,\n"), None, lambda t: t.set_aside == {"t.csv: no patient": 1, "t.csv: no readable date": 1, "t.csv: no code": 1}),
 }
 
 
@@ -393,4 +393,4 @@ def test_open_events_names_what_it_opened(tmp_path):
     assert read_events(one, columns=MAP).format == "table"  # a mapping says that it is no MEDS
     refused("columns: a mapping is for plain tables, but the source is synthea", lambda: open_events(tmp_path / "s", columns=MAP))
     refused("schema: is for databases, but the source is synthea", lambda: open_events(tmp_path / "s", schema="cdm"))
-    refused("format: 'fhir' is unknown", lambda: open_events(tmp_path / "s", "fhir"))
+    refused("expected one of omop", lambda: open_events(tmp_path / "s", "fhir"))

@@ -14,7 +14,7 @@ import torch
 from privacy import patient_traces
 
 from ehr_sequencing.aggregation import assert_no_future_leakage
-from ehr_sequencing.arms import ARMS, Arm, Fitted
+from ehr_sequencing.arms import Arm, Fitted
 from ehr_sequencing.batches import make_batch
 from ehr_sequencing.behrt import BEHRTConfig
 from ehr_sequencing.benchmark import run_benchmark

@@ -192,7 +192,7 @@ class Trap:
 def test_no_pickle_runs_code(way, protocol, tmp_path):
     "Plain, in an archive, beside a good pickle of an archive, under its name a second time, and compressed."
     trap = pickle.dumps({"state": Trap(tmp_path / "trapped", way)}, protocol)
-    run, good = Checkpoints(tmp_path / "run"), io.BytesIO()
+    run = Checkpoints(tmp_path / "run")
     for step in (1, 2): run.save({"step": step})
     data = run.latest.read_bytes()
     def archive(*extra, compression=zipfile.ZIP_STORED, **changes):

@@ -294,7 +294,6 @@ def test_differences_are_paired():
 def test_whole_patients_are_drawn():
     generator = np.random.default_rng(3)
     x = generator.normal(size=60)
-    t, e = generator.exponential(np.exp(-x)), generator.random(60) < 0.7
     ids = generator.permutation(60) - 2**40  # any label
     rows = np.concatenate([np.repeat(np.arange(60), 2), np.arange(10)])  # two rows a patient, three for some
     boot = bootstrap(lambda drawn: {"patients": len(np.unique(drawn)), "rows": len(drawn), "mean": x[rows][drawn].mean()}, 130, ids[rows], n_resamples=200)

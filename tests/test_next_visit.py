@@ -24,7 +24,7 @@ from ehr_sequencing.masked_codes import MaskCodes
 from ehr_sequencing.next_visit import (BEHRTForNextVisitPrediction, BEHRTForPretraining, attach_next_visit, codes_so_far, draw_cuts, evaluate_next_visit, hits_at_k, most_frequent, next_visit_loss,
                                        next_visit_rates, next_visit_targets, own_history, precision_at_k, recall_at_k, repeat_last_visit, target_codes)
 from ehr_sequencing.sequences import build_store
-from ehr_sequencing.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary
+from ehr_sequencing.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
 
 CODES = [f"C{i}" for i in range(8)]
 many = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])

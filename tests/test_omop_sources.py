@@ -5,7 +5,6 @@ import io
 import re
 import sqlite3
 import threading
-from pathlib import Path
 from urllib.parse import quote
 
 import duckdb

@@ -8,10 +8,7 @@ import random
 import shutil
 import signal
 import time
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from training_runs import make_trainer, prepare, read_state, run, same, start, wait_for
 
-from ehr_sequencing import checkpoints, training
+from ehr_sequencing import checkpoints
 from ehr_sequencing.batches import BatchLoader
 from ehr_sequencing.checkpoints import state_digest
 from ehr_sequencing.initial_codes import code_table, freeze_codes

@@ -4,7 +4,6 @@ A new model is one line in `MODELS`."""
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ehr_sequencing.aggregation import assert_no_future_leakage
 from ehr_sequencing.batches import make_batch
@@ -207,7 +206,7 @@ def labelled(cohort, name, model, rows):
 @pytest.mark.parametrize("name", OF_HAZARDS)
 def test_the_loss_counts_those_at_risk(cohort, name):
     "The mean of a step over several batches is that of all their patients, also if some are never at risk."
-    store, model = cohort[1], build(name, cohort[1])
+    model = build(name, cohort[1])
     rows = [int(r) for r in np.argsort(cohort[3].last_at_risk)[[0, 1, -1, -2, -3, -4, -5]]]
     never = [0, 3]
     def batch_of(rows, whom):
@@ -384,7 +383,7 @@ WITH_OBJECTIVE = [name for name in OF_HAZARDS if "n_stages" not in MODELS[name][
 @pytest.mark.parametrize("name", WITH_OBJECTIVE)
 def test_objectives(cohort, name, tmp_path):
     "The hybrid is the likelihood plus the weighted ranking, gradients included, the likelihood itself without weight; outputs and their direction do not change; saved models remember."
-    store, (records, _, _, _) = cohort[1], cohort
+    store = cohort[1]
     rows = np.flatnonzero(cohort[2].last_at_risk >= 0)[:24]
     scales = loss_scales(store, cohort[2], rows, visit_hazards="visit hazards" in name)
     asked = {"nll": "nll", "ranking": "ranking", "hybrid": Objective("hybrid", 0.5, scales), "no weight": Objective("hybrid", 0, scales)}

@@ -244,12 +244,28 @@ def test_postgres_types(postgres, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def refusals(postgres):
+    "Logins that fail, begun here since the driver gives up after half a minute only: what the error should say -> the address, the thread that tries it, and what came of it."
+    cases = {"this user and password": postgres.url("small", "ann", "wr0ng-s3cret"), "no such database": postgres.url("absent", "postgres", "s3cret"), "know this user": postgres.url("small", "bob", "s3cret")}
+    errors = {}
+
+    def attempt(words, url):
+        try: read_omop(url)
+        except Exception as error: errors[words] = error
+
+    threads = [threading.Thread(target=attempt, args=case) for case in cases.items()]
+    for t in threads: t.start()
+    yield cases, threads, errors
+    for t in threads: t.join()
+
+
+@pytest.fixture(scope="module")
 def small(postgres):
     "A database that the tests below only read."
     return fill_postgres(postgres, "small", {name: typed(text) for name, text in tables("5.4").items()})
 
 
-def test_a_view_and_a_table_without_ids_can_be_read(postgres, small):
+def test_a_view_and_a_table_without_ids_can_be_read(postgres, small, refusals):
     frame = typed(CONDITION).drop("condition_occurrence_id")
     url = fill_postgres(postgres, "views", {name: typed(text) for name, text in tables("5.4").items() if name != "condition_occurrence"} | {"raw": frame})
     postgres.sql("create view condition_occurrence as select * from raw", "views")
@@ -277,24 +293,6 @@ def test_password(postgres, small, monkeypatch):
     assert omop_source(postgres.url("small", "ann")).table().n_patients == 4
 
 
-def test_those_who_are_not_let_in(postgres, small):
-    "Each refusal takes the driver half a minute, so they wait side by side."
-    errors = {}
-    cases = {"this user and password": postgres.url("small", "ann", "wr0ng-s3cret"), "no such database": postgres.url("absent", "postgres", "s3cret"), "know this user": postgres.url("small", "bob", "s3cret")}
-
-    def attempt(words, url):
-        try: read_omop(url)
-        except Exception as error: errors[words] = error
-
-    threads = [threading.Thread(target=attempt, args=case) for case in cases.items()]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    for words in cases:
-        error = errors[words]
-        assert isinstance(error, ConnectionError) and words in str(error), error
-        assert "s3cret" not in str(error) and error.__cause__ is None and error.__suppress_context__
-
-
 def test_no_server_there(postgres):
     "A port that nothing listens at is told at once."
     with pytest.raises(ConnectionError, match="no answer from 127.0.0.1 at port 1 ") as caught: read_omop("postgresql://ann:s3cret@127.0.0.1:1/cdm")
@@ -312,6 +310,28 @@ def test_a_table_that_may_not_be_read(postgres, small):
     with pytest.raises(ValueError, match="this user may not read table person. Grant SELECT on it."): list(tables.chunks("person", ["person_id"]))
 
 
+def test_eunomia_in_postgres(postgres):
+    "A whole database, copied from DuckDB: as many rows, the same events."
+    whole = read_omop(eunomia_path())
+    with duckdb.connect(str(eunomia_path()), read_only=True) as connection:
+        names = [t for (t,) in connection.execute("select table_name from information_schema.tables").fetchall() if t.lower() in whole.rows_read]
+        data = {name: connection.sql(f"select * from {name}").pl() for name in names}
+    url = fill_postgres(postgres, "eunomia", data)
+    copied = omop_source(url).table(rows=20_000)
+    assert copied.rows_read == whole.rows_read and copied.events.equals(whole.events)
+    assert copied.names == whole.names and copied.concepts == whole.concepts and copied.set_aside == whole.set_aside
+
+
+def test_those_who_are_not_let_in(refusals):
+    "Each of the logins that the first test with a database began has failed, says why, and gives no password away."
+    cases, threads, errors = refusals
+    for t in threads: t.join()
+    for words in cases:
+        error = errors[words]
+        assert isinstance(error, ConnectionError) and words in str(error), error
+        assert "s3cret" not in str(error) and error.__cause__ is None and error.__suppress_context__
+
+
 def test_a_server_that_dies_half_way(postgres):
     fill_postgres(postgres, "doomed", {name: typed(text) for name, text in tables("5.4").items()})
     source = omop_source(postgres.url("doomed", "ann", quote(PASSWORD, safe="")))
@@ -324,15 +344,3 @@ def test_a_server_that_dies_half_way(postgres):
     message = str(caught.value)
     assert "condition_occurrence" in message and f"port {postgres.port}" in message and "s3cret" not in message and "ann" not in message.replace("cannot", "")
     assert source.table().n_patients == 4  # the server is back, and so is the source
-
-
-def test_eunomia_in_postgres(postgres):
-    "A whole database, copied from DuckDB: as many rows, the same events."
-    whole = read_omop(eunomia_path())
-    with duckdb.connect(str(eunomia_path()), read_only=True) as connection:
-        names = [t for (t,) in connection.execute("select table_name from information_schema.tables").fetchall() if t.lower() in whole.rows_read]
-        data = {name: connection.sql(f"select * from {name}").pl() for name in names}
-    url = fill_postgres(postgres, "eunomia", data)
-    copied = omop_source(url).table(rows=20_000)
-    assert copied.rows_read == whole.rows_read and copied.events.equals(whole.events)
-    assert copied.names == whole.names and copied.concepts == whole.concepts and copied.set_aside == whole.set_aside

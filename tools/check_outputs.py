@@ -1,6 +1,6 @@
 """Are the stored outputs what the notebooks give today? Executes each in a copy and compares: python tools/check_outputs.py [NAME ...] [--jobs N] [--write]
 
-Text must be equal but for times, dates, addresses and temporary paths; in cells that measure time, but for every number. Pictures must be equal to the eye.
+Text must be equal but for times, dates, addresses, temporary paths and digits beyond the seventh; in cells that measure time, but for every number. Pictures must be equal to the eye.
 Cells that `nbdev_test` passes over are passed over here too. `--write` keeps the fresh outputs of the notebooks that differ, so that the difference can be read in git.
 """
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
+LONG = re.compile(r"\d+\.\d{9,}(e[-+]?\d+)?")  # printed to the last digit, in which processors differ
 CHANGING = [  # what may differ from run to run -> what stands for it
     (re.compile(r"( at)? 0x[0-9a-f]{6,}"), ""), (re.compile(r"T_[0-9a-f]{5}"), "TABLE"),
     (re.compile(r"(/private)?(/var/folders|/tmp)/[\w./-]+"), "PATH"),
@@ -35,6 +36,7 @@ def normal(text, numbers):
     "The text without what may change; without any number if `numbers`."
     text = " ".join(text.split())  # lines are broken, and columns as wide, as the times in them are long
     for pattern, word in CHANGING: text = pattern.sub(word, text)
+    text = LONG.sub(lambda found: f"{float(found[0]):.7g}", text)
     return NUMBER.sub("NUMBER", text) if numbers else text
 
 

@@ -207,7 +207,7 @@ def check_replaceable(
     if other or not (all((folder/name).is_file() for name in names) if is_ours is None else is_ours(folder)):
         raise FileExistsError(f"{folder}: holds '{(other or there)[0]}' and not just {what}, so it is left as it is. Choose another folder, or empty this one.")
 
-
+# %% ../nbs/00a_jobs.ipynb #b3e1f0c7
 def write_json(
     path, # file to appear
     value, # as JSON has it

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ehr_sequencing.events import SCHEMA, visit_table
-from ehr_sequencing.readers import detect_format, meds_frame, meds_shards, meds_split_of, meds_splits, meds_source, open_events, read_events, read_meds, read_synthea, read_table, synthea_source, table_source
+from ehr_sequencing.readers import detect_format, meds_frame, meds_shards, meds_split_of, meds_splits, meds_source, open_events, read_events, read_meds, read_table, synthea_source, table_source
+from ehr_sequencing.synthea import read_synthea
 
 ID, CODE, DAY = 987654321, "HUSH//77", datetime.datetime(1961, 5, 4, 9, 30)
 SECRETS = (str(ID)[:6], "HUSH", "1961", "4321")

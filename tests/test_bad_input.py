@@ -1,6 +1,7 @@
 "Bad input through the command: exit status 1, one line, no traceback, nothing written; or set aside and counted."
 import json
 import signal
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -12,7 +13,7 @@ PERSON = "person_id,gender_concept_id,year_of_birth\n" + "".join(f"{i},8507,1950
 CONDITION = "person_id,condition_concept_id,condition_start_date,visit_occurrence_id,condition_source_value\n" + "".join(
     f"{i},1,20{10 + v}-01-0{v + 1},{10 * i + v},C{v}\n" for i in range(40) for v in range(3))
 
-FAST = ("--arms", "visit count; Cox, counts", "--sizes", "all", "--n_seeds", 1, "--n_resamples", 50, "--n_jobs", 1, "--device", "cpu")
+FAST = dict(arms="visit count", sizes="all", n_seeds=1, n_resamples=50, n_jobs=1, device="cpu", out="run")
 
 
 def omop(folder, **tables):
@@ -32,7 +33,7 @@ def inside(tmp_path, monkeypatch, capsys):
 
     def run(**options):
         handler, status = signal.getsignal(signal.SIGTERM), 0
-        try: ehrseq_benchmark(**{k: str(v) for k, v in options.items()})
+        try: ehrseq_benchmark(**{k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
         except SystemExit as end: status = end.code
         finally: signal.signal(signal.SIGTERM, handler)
         return status, *capsys.readouterr(), sorted(str(p.relative_to(work)) for p in work.rglob("*"))
@@ -88,7 +89,7 @@ def test_no_message_shows_a_patient(tmp_path, inside):
     assert status == 1 and "987654321" not in errors + output and "1961" not in errors + output
 
 
-def test_impossible_records_are_set_aside_and_counted(tmp_path, command):
+def test_impossible_records_are_set_aside_and_counted(tmp_path, inside):
     events = simulate_cohort(300, seed=0, hazard_ratio=3).table.events.select("subject_id", "time", "code", "numeric_value")
     births = events.filter(pl.col("code") == "MEDS_BIRTH").head(7)
     deaths = events.filter(pl.col("code") == "MEDS_DEATH").head(5)
@@ -97,22 +98,22 @@ def test_impossible_records_are_set_aside_and_counted(tmp_path, command):
     path = tmp_path / "events.csv"
     pl.concat([events, early, late]).with_columns(pl.col("time").dt.to_string()).write_csv(path)
     path.write_text(path.read_text() + "1,the day before yesterday,C,\n")
-    done, left = command("--source", path, "--outcome", "ICD10CM//I50", *FAST, "--out", "run")
-    assert done.returncode == 0, done.stderr
+    status, output, errors, _ = inside(source=path, outcome="ICD10CM//I50", **FAST)
+    assert status == 0, errors
     told = dict(json.loads((tmp_path / "work" / "run" / "results.json").read_text())["about"]["summary"])
     for reason, n in {"event before birth": 7, "event after death": 5, "events.csv: no readable date": 1}.items():
-        assert f"set aside: {reason}: {n}" in done.stdout and told[f"set aside: {reason}"] in (str(n), "<10")
+        assert f"set aside: {reason}: {n}" in output and told[f"set aside: {reason}"] in (str(n), "<10")
 
 
-def test_earlier_results_are_never_lost(tmp_path, command):
-    options = ("--num_patients", 300, *FAST, "--out", "run")
-    assert command(*options)[0].returncode == 0
+def test_earlier_results_are_never_lost(tmp_path, inside):
+    options = dict(num_patients=200, **FAST)
+    assert inside(**options)[0] == 0
     before = (tmp_path / "work" / "run" / "results.csv").read_text()
-    refused, _ = command(*options)
-    assert refused.returncode == 1 and "already holds a report" in refused.stderr
-    failing, left = command("--num_patients", 12, "--out", "run", "--overwrite")
-    assert failing.returncode == 1 and not any("partial" in name for name in left)
+    status, _, errors, _ = inside(**options)
+    assert told_in_one_line(status, errors, "already holds a report")
+    status, _, _, left = inside(num_patients=12, out="run", overwrite=True)
+    assert status == 1 and not any("partial" in name for name in left)
     assert (tmp_path / "work" / "run" / "results.csv").read_text() == before
-    replaced, left = command(*options[:-2], "--out", "run", "--overwrite", "--seed", 1)
-    assert replaced.returncode == 0 and (tmp_path / "work" / "run" / "results.csv").read_text() != before
+    status, _, _, left = inside(**options, overwrite=True, seed=1)
+    assert status == 0 and (tmp_path / "work" / "run" / "results.csv").read_text() != before
     assert not any("partial" in name or ".old" in name for name in left)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ehr_sequencing.behrt import BEHRT, BEHRTConfig
+from ehr_sequencing.behrt import BEHRT, BEHRTConfig, count_parameters
 from ehr_sequencing.classification import BEHRTForSequenceClassification
-from ehr_sequencing.lora import (LoRALinear, LoRASettings, active_adapters, add_adapter, apply_lora, apply_lora_to_behrt, assert_adapters_train, count_parameters, delete_adapter, list_adapters, load_lora_weights,
+from ehr_sequencing.lora import (LoRALinear, LoRASettings, active_adapters, add_adapter, apply_lora, apply_lora_to_behrt, assert_adapters_train, delete_adapter, list_adapters, load_lora_weights,
                                  lora_layers, merge_lora, save_lora_weights, set_adapter, unmerge_lora)
 from ehr_sequencing.lstm import LSTMConfig, SurvivalLSTM
 from ehr_sequencing.masked_codes import BEHRTForMLM, MaskCodes

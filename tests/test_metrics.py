@@ -23,8 +23,8 @@ from torchsurv.stats.ipcw import get_ipcw
 
 from ehr_sequencing.bootstrap import bca_interval, bootstrap, bootstrap_concordance, train_minus_test, weighted_concordance
 from ehr_sequencing.brier import brier_score, integrated_brier_score, null_brier_score, scaled_brier_score
-from ehr_sequencing.metrics import (censoring_distribution, censoring_weights, concordance_index, cumulative_dynamic_auc, kaplan_meier, kaplan_meier_curves, mean_auc, nelson_aalen, pair_sums,
-                                    uno_concordance)
+from ehr_sequencing.censoring import censoring_distribution, censoring_weights, kaplan_meier, nelson_aalen
+from ehr_sequencing.metrics import concordance_index, cumulative_dynamic_auc, kaplan_meier_curves, mean_auc, pair_sums, uno_concordance
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large])
 SOME = settings(MANY, max_examples=200)

@@ -6,7 +6,9 @@ import polars as pl
 import pytest
 
 from ehr_sequencing.events import visit_table
-from ehr_sequencing.readers import read_meds, read_omop, read_synthea, read_table
+from ehr_sequencing.omop import read_omop
+from ehr_sequencing.readers import read_meds, read_table
+from ehr_sequencing.synthea import read_synthea
 
 PERSON = "PERSON_ID,GENDER_CONCEPT_ID,YEAR_OF_BIRTH,MONTH_OF_BIRTH,DAY_OF_BIRTH\n1,8507,1950,2,30\n2,8532,1951,0,0\n3,8532,1952,,\n"
 CONDITION = "PERSON_ID,CONDITION_CONCEPT_ID,CONDITION_START_DATE,CONDITION_START_DATETIME,VISIT_OCCURRENCE_ID,CONDITION_SOURCE_VALUE\n1,0,2010-01-01,,5,I10\n2,0,2010-01-02,,6,E11.9\n"

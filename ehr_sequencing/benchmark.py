@@ -127,10 +127,9 @@ def _fit(shared, work, job, arm):
     "Fit a cell and write it; keep the network of the largest size and the first seed."
     config, task = shared.config, make_task(shared, shared.config, job.n_labels, job.seed, _encoder(work, arm, job.seed))
     fitted = fit_arm(arm, task, _settings(work, arm, config))
-    risks, train_risks = (fitted.predict_risk(marks, config.horizons) for marks in (shared.test, train_landmarks(task)))
     if job.seed == 0 and job.n_labels == label_sizes(config, len(shared.pool))[-1] and hasattr(fitted.model, "save_pretrained"):
         fitted.model.save_pretrained(Path(work)/"models"/_slug(arm.name)[:-7], shared.store.vocabulary)
-    save_cell(Path(work)/job.file, Cell(arm.name, job.n_labels, job.seed, risks, train_risks, fitted.parameters, fitted.trainable, fitted.seconds, fitted.cpu_seconds, len(fitted.history) or None, fitted.setting, fitted.history, fitted.leak))
+    save_cell(Path(work)/job.file, Cell.of(arm.name, job.n_labels, job.seed, fitted, shared.test, train_landmarks(task), config.horizons))
 
 # %% ../nbs/18_benchmark.ipynb #9f8e3c3b
 def _tune(shared, work, job, arm):
@@ -230,9 +229,6 @@ def _processes(config):
     return None if make_accelerator(config.device).device.type == "cpu" else 1
 
 # %% ../nbs/18_benchmark.ipynb #8d41a69b
-def _asked(marks): return Asked(marks.durations, marks.events, np.unique(marks.rows, return_inverse=True)[1])
-
-
 def collect_results(
     config: BenchmarkConfig, # settings
     cohort: Cohort, # who was asked
@@ -243,10 +239,10 @@ def collect_results(
     "Read the cells and say what they are about."
     sizes, seeds = label_sizes(config, len(cohort.pool)), range(config.n_seeds)
     cells = [load_cell(work/Job("fit", name, n, s).file) for name in arms for n in sizes for s in seeds]
-    train = {(n, s): _asked(train_landmarks(make_task(cohort, config, n, s))) for n in sizes for s in seeds}
+    train = {(n, s): Asked.of(train_landmarks(make_task(cohort, config, n, s))) for n in sizes for s in seeds}
     pool = np.random.default_rng([config.seed, 31]).permutation(cohort.pool)[:3000]
     oracle = dict(np.load(work/"oracle.npz")) if cohort.truth else None
-    return BenchmarkResults(config.horizons, _asked(cohort.test), train, cells, {a.name: a.kind for a in arms.values()}, _asked(spaced_landmarks(cohort.labels, cohort.store, np.sort(pool), config.seed)),
+    return BenchmarkResults(config.horizons, Asked.of(cohort.test), train, cells, {a.name: a.kind for a in arms.values()}, Asked.of(spaced_landmarks(cohort.labels, cohort.store, np.sort(pool), config.seed)),
                             oracle and oracle["test"], {key: oracle[f"{key[0]} {key[1]}"] for key in train} if oracle else {}, _about(config, cohort, arms, work, sizes, command))
 
 # %% ../nbs/18_benchmark.ipynb #d3e66fd9

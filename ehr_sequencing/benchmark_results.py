@@ -29,6 +29,13 @@ class Asked:
 
     def __len__(self): return len(self.durations)
 
+    @classmethod
+    def of(cls,
+        landmarks, # `Landmarks`
+    ): # `Asked`
+        "What is kept of landmarks: the patients are numbered, so that none can be found again."
+        return cls(landmarks.durations, landmarks.events, np.unique(landmarks.rows, return_inverse=True)[1])
+
     @property
     def n_patients(self) -> int:
         "How many patients these landmarks are of."
@@ -56,6 +63,20 @@ class Cell:
     setting: str = "" # the setting that was chosen, in words
     history: list = field(default_factory=list) # of the training, for networks
     leak: str = "" # what the leak checks found; empty if nothing
+
+    @classmethod
+    def of(cls,
+        arm: str, # name
+        n_labels: int, # labelled patients that it could use
+        seed: int, # of the draw of these
+        fitted, # `Fitted`, what `fit_arm` gives
+        test, # `Landmarks` of the test patients
+        train, # `Landmarks` of the patients that it was fitted to
+        horizons, # (H,) days
+    ): # `Cell`
+        "What is kept of a fitted arm: its risks at both sets of landmarks, what it took, and what the leak checks found."
+        risks, train_risks = (fitted.predict_risk(landmarks, horizons) for landmarks in (test, train))
+        return cls(arm, n_labels, seed, risks, train_risks, fitted.parameters, fitted.trainable, fitted.seconds, fitted.cpu_seconds, len(fitted.history) or None, fitted.setting, fitted.history, fitted.leak)
 
     @property
     def key(self) -> tuple: # arm, number of labelled patients, seed

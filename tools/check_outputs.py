@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +90,8 @@ def execute(path):
     def passed_over(cell):
         directives = getattr(cell, "directives_", None) or {}
         return cell.cell_type != "code" or "nbdev_export" + "(" in cell.source or directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys())
-    with chdir(path.parent): CaptureShell(path, mpl_format="png").run_all(notebook, exc_stop=True, preproc=passed_over)
+    os.chdir(path.parent)
+    CaptureShell(path, mpl_format="png").run_all(notebook, exc_stop=True, preproc=passed_over)
     return nb2str(notebook)
 
 

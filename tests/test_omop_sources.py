@@ -218,7 +218,7 @@ def test_frames_hold_only_the_schema_and_known_patients(tmp_path):
 
 # --- PostgreSQL
 
-def test_postgres_agrees(postgres, version, expected):
+def test_postgres_agrees(postgres, version, expected, refusals):
     url = fill_postgres(postgres, f"cdm{version[-1]}", {name: typed(text) for name, text in tables(version).items()})
     assert_same(read_omop(url), expected)
     for rows in (1, 3): assert_same(omop_source(url).table(rows), expected)
@@ -265,7 +265,7 @@ def small(postgres):
     return fill_postgres(postgres, "small", {name: typed(text) for name, text in tables("5.4").items()})
 
 
-def test_a_view_and_a_table_without_ids_can_be_read(postgres, small, refusals):
+def test_a_view_and_a_table_without_ids_can_be_read(postgres, small):
     frame = typed(CONDITION).drop("condition_occurrence_id")
     url = fill_postgres(postgres, "views", {name: typed(text) for name, text in tables("5.4").items() if name != "condition_occurrence"} | {"raw": frame})
     postgres.sql("create view condition_occurrence as select * from raw", "views")

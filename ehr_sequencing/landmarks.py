@@ -21,6 +21,9 @@ from .outcomes import VisitLabels, as_day, day_numbers, flow_frame
 from .sequences import SequenceStore, row_numbers
 
 # %% ../nbs/04b_landmarks.ipynb #4d246775
+_DAY = np.timedelta64(1, "D")
+
+
 @dataclass
 class Landmarks:
     "Moments of prediction with what came after. The history of each is visits 0 to `visits` of its row."
@@ -51,7 +54,7 @@ class Landmarks:
     @property
     def days(self) -> np.ndarray: # (n,) datetime64[D]: what happened up to the end of this day is known
         "The day of each moment."
-        return self.store.visit_known[self.store.first_visit[self.rows] + self.visits].astype("datetime64[D]") + self.elapsed
+        return self.store.visit_known[self.store.first_visit[self.rows] + self.visits].astype("datetime64[D]") + np.asarray(self.elapsed) * _DAY
 
     @property
     def subject_ids(self) -> np.ndarray: # (n,) int64
@@ -141,9 +144,6 @@ def spaced_landmarks(
     return replace(chosen, flow=flow_frame(steps, "moments"))
 
 # %% ../nbs/04b_landmarks.ipynb #33c470fa
-_DAY = np.timedelta64(1, "D")
-
-
 def _moment_days(times):
     "The last day that is wholly over at each moment, and the day of the moment. A plain date means the end of that day."
     times = np.asarray(times)
@@ -197,13 +197,13 @@ def _day_of_date(store, rows, date):
 def _day_of_age(store, rows, years):
     "Rows and the first days on which their patients were so old, NaT where the birth is not known."
     if not 0 <= years <= 200: raise ValueError(f"years: expected an age of 0 to 200, got {years}")
-    return rows, store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25)
+    return rows, store.births[rows].astype("datetime64[D]") + math.ceil(years * 365.25) * _DAY
 
 
 def _day_after_first(store, rows, days):
     "Rows and the day so many days after the first visit began."
     if not 0 <= days <= 100_000 or days != int(days): raise ValueError(f"days: expected a whole number, 0 or more (and at most 100,000), got {days}")
-    return rows, store.visit_starts[store.first_visit[rows]].astype("datetime64[D]") + int(days)
+    return rows, store.visit_starts[store.first_visit[rows]].astype("datetime64[D]") + int(days) * _DAY
 
 # %% ../nbs/04b_landmarks.ipynb #152da246
 def _at_days(labels, store, rows, over, days, no_moment, unknown=0):
@@ -340,7 +340,7 @@ def _day_of_visit(store, rows, number):
     "Rows and the days on which their k-th visit ended, NaT where there is none."
     _check_number(number)
     there = store.n_visits[rows] >= number
-    return rows, np.where(there, _known_days(store)[store.first_visit[rows] + np.where(there, number - 1, 0)], np.datetime64("NaT"))
+    return rows, np.where(there, _known_days(store)[store.first_visit[rows] + np.where(there, number - 1, 0)], np.datetime64("NaT", "D"))
 
 
 _DAY_RULES = {"last": (lambda store, rows: (rows, _known_days(store)[store.first_visit[rows + 1] - 1]), ()), "each": (_each_day, ()), "visit": (_day_of_visit, (int,)),

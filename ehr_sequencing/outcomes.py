@@ -198,7 +198,7 @@ def events_around(
     for position in (after - 1, after):
         place = np.clip(position, 0, max(len(self.event_rows) - 1, 0))
         found = (position >= 0) & (position < len(self.event_rows)) & (self.event_rows[place] == rows if len(self.event_rows) else False)
-        around.append(np.where(found, self.event_days[place] if len(self.event_rows) else np.datetime64("NaT"), np.datetime64("NaT")))
+        around.append(np.where(found, self.event_days[place] if len(self.event_rows) else np.datetime64("NaT", "D"), np.datetime64("NaT", "D")))
     return tuple(around)
 
 # %% ../nbs/04_outcomes.ipynb #f89982df
@@ -237,7 +237,7 @@ def patient_ends(
         events = table.events.lazy().filter(pl.col("code").is_in(codes) & pl.col("time").is_not_null()).select("subject_id", day=pl.col("time").dt.date())
         return events.collect().join(rows, on="subject_id").select("row", "day").unique().sort("row", "day")
     def first_of(codes):
-        days = np.full(len(store), np.datetime64("NaT"), dtype="datetime64[D]")
+        days = np.full(len(store), np.datetime64("NaT", "D"), dtype="datetime64[D]")
         found = days_of(codes).unique("row", keep="first", maintain_order=True) if codes else None
         if found is not None: days[found["row"].to_numpy()] = found["day"].to_numpy()
         return days
@@ -371,7 +371,7 @@ def as_day(
     "A calendar day; of a time with a zone, the day there. Raises `ValueError`."
     text = date.isoformat()[:10] if isinstance(date, datetime.date) else str(date)
     try: day = np.datetime64(date if isinstance(date, np.datetime64) else text, "D")
-    except ValueError: day = np.datetime64("NaT")
+    except ValueError: day = np.datetime64("NaT", "D")
     if np.isnat(day) or not (isinstance(date, np.datetime64) or re.match(r"\d{4}-\d\d-\d\d", text)): raise ValueError(f"{name}: expected a date such as 2015-01-01, got {str(date)[:20]!r}")
     return day
 

@@ -96,7 +96,7 @@ def stage_ends(
     if not isinstance(stages, Stages): raise TypeError(f"stages: expected Stages, such as Stages({{'N18.3*': 1, 'N18.4*': 2}}), got {type(stages).__name__}")
     stages.codes(table)
     of_stage = [patient_ends(store, table, stages.outcome(s, **options), before) for s in range(1, len(stages) + 1)]
-    days = np.full((len(store), len(stages)), np.datetime64("NaT"), dtype="datetime64[D]")
+    days = np.full((len(store), len(stages)), np.datetime64("NaT", "D"), dtype="datetime64[D]")
     for s, ends in enumerate(of_stage): days[ends.event_rows, s] = ends.event_days
     new = ~np.isnat(days)
     new[:, 1:] &= days[:, 1:] != days[:, :-1]  # two stages reached on one day are one event

@@ -82,7 +82,7 @@ def _numpy(array):
     part = slice(array.offset, array.offset + len(array))
     values = np.frombuffer(data, dtype=_NUMPY[array.type])[part]
     if not array.null_count: return values
-    return np.where(np.unpackbits(np.frombuffer(valid, dtype=np.uint8), bitorder="little")[part], values, np.datetime64("NaT"))
+    return np.where(np.unpackbits(np.frombuffer(valid, dtype=np.uint8), bitorder="little")[part], values, np.array("NaT", dtype=values.dtype))
 
 
 def _scalars(table, column):

@@ -1,6 +1,6 @@
 """Are the stored outputs what the notebooks give today? Executes each in a copy and compares: python tools/check_outputs.py [NAME ...] [--jobs N] [--write]
 
-Text must be equal but for times, dates, addresses, temporary paths and digits beyond the seventh; in cells that measure time, but for every number. Pictures must be equal to the eye.
+Text must be equal but for times, dates, addresses, temporary paths and digits beyond the seventh; in cells that measure time or files, but for every number. Pictures must be equal to the eye.
 Cells that `nbdev_test` passes over are passed over here too. `--write` keeps the fresh outputs of the notebooks that differ, so that the difference can be read in git.
 """
 import argparse
@@ -28,7 +28,7 @@ CHANGING = [  # what may differ from run to run -> what stands for it
     (re.compile(r"\b[\d,.]+ ?(µs|us|ms|s|sec|seconds?|min|minutes?|h|hours?)\b"), "TIME"),
     (re.compile(r"-{3,}"), "---"),  # a table is as wide as its times are long
 ]
-MEASURES = re.compile(r"perf_counter|process_time|time\.time|monotonic|timeit|\"seconds\"|run_benchmark\(|runs_table\(")  # the last two print times in a table
+MEASURES = re.compile(r"perf_counter|process_time|time\.time|monotonic|timeit|\"seconds\"|run_benchmark\(|runs_table\(|st_size")  # the tables of runs hold times; so do files, which are longer or shorter for it
 
 
 def normal(text, numbers):

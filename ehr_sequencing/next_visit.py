@@ -315,8 +315,9 @@ def evaluate_next_visit(
             asked += len(targets)
             for i, kind in enumerate(kinds):
                 wanted, listed = of_kind(kind, targets, had, candidates)
-                visits[i] += int(wanted.any(1).sum())
-                for j, k in enumerate(ks): sums[i, j] += visit_recall_precision(scores, wanted, k, listed).sum(0).tolist()
+                some = wanted.any(1)
+                visits[i] += int(some.sum())
+                for j, k in enumerate(ks): sums[i, j] += visit_recall_precision(scores[some], wanted[some], k, listed[some]).sum(0).tolist()
     for kind, n in zip(kinds, visits):
         if not n: raise ValueError(f"kinds: none of the {asked} visits that are asked about has a target of kind '{kind}', so its recall is undefined; leave it out of `kinds`")
     return pd.DataFrame([(kind, k, *(sums[i, j] / visits[i]), visits[i], asked - visits[i]) for i, kind in enumerate(kinds) for j, k in enumerate(ks)], columns=["kind", "k", "recall", "precision", "visits", "left_out"])

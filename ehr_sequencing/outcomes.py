@@ -282,7 +282,9 @@ def check_horizons(
     horizons, # days
 ) -> tuple: # of floats
     "Horizons as a tuple. Raises `ValueError` unless they are positive and increasing."
-    try: horizons = tuple(float(h) for h in np.atleast_1d(horizons))
+    try:
+        if np.ndim(horizons) > 1: raise TypeError
+        horizons = tuple(float(h) for h in np.atleast_1d(horizons))
     except (TypeError, ValueError): raise ValueError(f"horizons: expected increasing positive days, got {type(horizons).__name__}") from None
     if not horizons or not horizons[0] > 0 or not all(a < b < math.inf for a, b in zip(horizons, (*horizons[1:], 1e99))): raise ValueError(f"horizons: expected increasing positive days, got {horizons}")
     return horizons

@@ -342,8 +342,9 @@ def compare_next_visit(
             asked = {kind: of_kind(kind, targets, had) for kind in KINDS}
             for name in scores:
                 for kind, (wanted, listed) in asked.items():
-                    found, whose = visit_recall_precision(said[name], wanted, k, listed), patients[wanted.any(1)]
-                    for measure, value in zip(("recall", "precision"), found.T): values.setdefault(f"{name}, {kind}, {measure}", []).append((whose, value))
+                    some = wanted.any(1)
+                    found = visit_recall_precision(said[name][some], wanted[some], k, listed[some])
+                    for measure, value in zip(("recall", "precision"), found.T): values.setdefault(f"{name}, {kind}, {measure}", []).append((patients[some], value))
     values = {name: tuple(torch.cat(part).numpy() for part in zip(*parts)) for name, parts in values.items()}
     for name, (_, value) in values.items():
         if not len(value): raise ValueError(f"{name}: no visit of these patients has a code of this kind to predict, so it is undefined. Use more patients")

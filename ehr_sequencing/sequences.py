@@ -257,8 +257,6 @@ def load_sequences(
     return store
 
 
-
-
 def _counts(store):
     "What `meta` says about the contents."
     return {"patients": len(store), "visits": len(store.visit_starts), "tokens": len(store.tokens), "vocabulary": len(store.vocabulary),

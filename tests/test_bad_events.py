@@ -394,4 +394,4 @@ def test_open_events_names_what_it_opened(tmp_path):
     assert read_events(one, columns=MAP).format == "table"  # a mapping says that it is no MEDS
     refused("columns: a mapping is for plain tables, but the source is synthea", lambda: open_events(tmp_path / "s", columns=MAP))
     refused("schema: is for databases, but the source is synthea", lambda: open_events(tmp_path / "s", schema="cdm"))
-    refused("expected one of omop", lambda: open_events(tmp_path / "s", "fhir"))
+    refused("format: expected one of omop, synthea, meds, table, got 'fhir'", lambda: open_events(tmp_path / "s", "fhir"))

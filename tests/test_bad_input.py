@@ -13,7 +13,7 @@ PERSON = "person_id,gender_concept_id,year_of_birth\n" + "".join(f"{i},8507,1950
 CONDITION = "person_id,condition_concept_id,condition_start_date,visit_occurrence_id,condition_source_value\n" + "".join(
     f"{i},1,20{10 + v}-01-0{v + 1},{10 * i + v},C{v}\n" for i in range(40) for v in range(3))
 
-FAST = dict(arms="visit count", sizes="all", n_seeds=1, n_resamples=50, n_jobs=1, device="cpu", out="run")
+FAST = dict(arms="visit count; Cox, counts", sizes="all", n_seeds=1, n_resamples=50, n_jobs=1, device="cpu", out="run")
 
 
 def omop(folder, **tables):
@@ -106,7 +106,7 @@ def test_impossible_records_are_set_aside_and_counted(tmp_path, inside):
 
 
 def test_earlier_results_are_never_lost(tmp_path, inside):
-    options = dict(num_patients=200, **FAST)
+    options = dict(num_patients=300, **FAST)
     assert inside(**options)[0] == 0
     before = (tmp_path / "work" / "run" / "results.csv").read_text()
     status, _, errors, _ = inside(**options)

@@ -55,7 +55,7 @@ def start(folder, out, *options, arms=FEW):
 def test_killed_three_times(tmp_path, whole):
     "Killed with all its processes after so many cells, and started again, at last on a Dask cluster: the same numbers as without."
     distributed = pytest.importorskip("distributed")
-    for cells, n_jobs in ((1, 2), (5, 1), (11, 1)):
+    for cells, n_jobs in ((1, 2), (5, 1), (11, 2)):
         process = start(tmp_path, "run", "--n_jobs", n_jobs)
         until = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < until and len(list((tmp_path / "run.work" / "cells").glob("*.npz"))) < cells: time.sleep(0.02)

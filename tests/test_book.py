@@ -47,7 +47,7 @@ def anchors(texts): return {slug(h) for text in texts for h in re.findall(r"^#{1
 @pytest.fixture(scope="module")
 def processed():
     "What `nbdev_docs` makes before it calls Quarto: notebook -> (page of the site, its Markdown: prose, and what cells print as such)."
-    end_at_once = "import os; os._exit(0)"  # the shells of 89 notebooks take half a minute to take leave
+    end_at_once = "import os; os._exit(0)"  # the shells of so many notebooks take half a minute to take leave
     subprocess.run([sys.executable, "-c", f"from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True); {end_at_once}"], cwd=ROOT, check=True, capture_output=True)
     found = {}
     for path in NOTEBOOKS:
